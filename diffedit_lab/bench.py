@@ -71,7 +71,7 @@ class Comparison:
     def __repr__(self): return _markdown(list(self.facts[0]), [f.values() for f in self.facts])+f'\n{self.note}'
     def _repr_html_(self):
         cells = lambda tag, os: ''.join(f'<{tag} style="text-align:left">{o}</{tag}>' for o in os)
-        pics = [_thumbs(*([overlay(e.source_image, e.mask)] if e.mask is not None else []), e.image) for e in self.edits]
+        pics = [_thumbs(e.source_image if e.mask is None else overlay(e.source_image, e.mask), e.image) for e in self.edits]
         rows = [cells('td', [p, *(html.escape(str(v)) for v in f.values())]) for p,f in zip(pics, self.facts)]
         given = _thumbs(self.source, *([self.answer] if self.answer else []))
         words = 'the source'+(' and the true edit' if self.answer else '')

@@ -208,7 +208,8 @@ def tidy(folder): # a saved diffusers or transformers folder
     "Weights that everybody may read, and that open as float32 everywhere: transformers 5 would open the halves it saved as halves, diffusers as floats."
     for f in Path(folder).rglob('*.safetensors'): f.chmod(0o644)
     for f in Path(folder).rglob('config.json'):
-        if 'dtype' in (config := json.loads(f.read_text())): f.write_text(json.dumps(config | dict(dtype='float32'), indent=2))
+        config = {k: 'float32' if k=='dtype' else v for k,v in json.loads(f.read_text()).items() if k!='_name_or_path'}
+        f.write_text(json.dumps(config, indent=2)+'\n')
 
 # %% ../../nbs/40_train_codec.ipynb #c043
 def train_codec(out,                # folder for the finished codec (diffusers layout, safetensors)

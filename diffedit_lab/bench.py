@@ -14,7 +14,6 @@ from importlib import import_module
 import numpy as np, torch
 from PIL import Image
 from tqdm.auto import tqdm
-import diffedit_lab.methods as _package
 from .images import *
 from .schedule import *
 from .result import Edit
@@ -30,7 +29,8 @@ def _is_method(f): return callable(f) and hasattr(f, '__wrapped__') and {'paste'
 
 def all_methods()->dict: # name -> method
     "Every method of this library, by name."
-    modules = [import_module(f'{_package.__name__}.{m.name}') for m in pkgutil.iter_modules(_package.__path__)]
+    package = import_module('diffedit_lab.methods')
+    modules = [import_module(f'{package.__name__}.{m.name}') for m in pkgutil.iter_modules(package.__path__)]
     return {k: f for m in modules for k in m.__all__ if _is_method(f := getattr(m, k))}
 
 # %% ../nbs/31_bench.ipynb #c011

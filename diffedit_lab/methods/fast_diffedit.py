@@ -54,13 +54,13 @@ def fast_diffedit(model,               # what load() returns
                   inpainter=None,      # a 9-channel model; None takes the family's own, where it has one
                   as_published:bool=False # the tutorial's mask: cut at the mean, then blur and cut
                  )->Edit:
-    "FastDiffEdit: one-look mask, OpenCV clean-up, redrawing by inpainter or masked denoising. `2n` rows for the mask, two a step after."
+    "FastDiffEdit (after Agrawal's tutorial, 2022): one-look mask, OpenCV clean-up, redrawing by inpainter or masked denoising. `2n` rows for the mask, two a step after."
     z, heat, found = model.encode(image), None, None
     if mask is None:
         heat = find_heat(model, z, source, target, n, mask_strength, seed=seed)
         found = blur_and_cut(cut(heat, 1/3)) if as_published else tidy(cut(heat, threshold))
         mask = on_latents(found, z)
-    c, noise, fill = model.embed(target), gaussian(z.shape, seed).to(z), inpainter or sibling(model, 'inpainting')
+    c, noise, fill = model.embed(target), gaussian(z.shape, seed).to(z), (inpainter or sibling(model, 'inpainting')) if strength else None # an inpainter knows no 'nothing happens'
     if not fill: return Draft(redraw(model, z, c, path(model.schedule, steps, strength), noise, guidance, model.embed(negative), mask), found, heat)
     before = fill.rows
     z = inpaint(fill, image, mask, c, path(fill.schedule, steps), noise, guidance, model.embed(negative))

@@ -235,7 +235,7 @@ def read_codec(folder,     # a finished codec
                device=None # the best there is by default
               )->AutoencoderKL: # float32, channels last
     "Load a finished codec to go on with."
-    return AutoencoderKL.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False).to(torch.float32).to(device or best_device(), memory_format=torch.channels_last).eval()
+    return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False).to(device or best_device(), memory_format=torch.channels_last).eval()
 
 # %% ../../nbs/40_train_codec.ipynb #c051
 @torch.no_grad()

@@ -12,19 +12,21 @@ from tqdm.auto import tqdm
 from .schedule import *
 
 # %% ../nbs/05_loops.ipynb #c007
+@torch.no_grad()
 def walk(model,            # what load() returns
          z:torch.Tensor,   # [B, 4, h, w] latents at the first time
          c:torch.Tensor,   # [B or 1, tokens, width] text embeddings
          times,            # the times to visit, falling (denoise) or rising (invert)
          guidance:float=1., # guidance scale, 1 = off
-         *, negative=None, # embeddings to walk away from; None: the empty prompt
+         *, negative=None, # embeddings to walk away from; None: the empty prompt; a dict time -> embeddings: others at every step
          extra=None,       # further input channels, for inpainting models
          mix=None          # mix(time, latents) -> latents, applied after every step
         ):                 # yields (time reached, latents there, predicted clean latents)
     "Take DDIM steps along `times`, asking the network at the noisier end of each (DDIM eq. 12)."
     if guidance!=1 and negative is None: negative = model.embed('')
     for t,s in zip(times, times[1:]):
-        eps = model.eps(z, max(t,s), c, guidance, negative, extra)
+        at = max(t,s)
+        eps = model.eps(z, at, c, guidance, negative[at] if isinstance(negative, dict) else negative, extra)
         x0, z = clean_of(z, eps, model.schedule[t]), ddim(z, eps, model.schedule[t], model.schedule[s])
         if mix: z = mix(s, z)
         yield s, z, x0

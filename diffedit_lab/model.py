@@ -6,7 +6,7 @@
 __all__ = ['MIRRORS', 'Model', 'embedded', 'check_weights', 'best_device', 'load', 'sibling', 'Clip', 'load_clip']
 
 # %% ../nbs/04_model.ipynb #c004
-import json, re, warnings
+import hashlib, json, re, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +45,11 @@ class Model:
     def multiple(self): return self.factor*2**(len(self.unet.config.block_out_channels)-1) # picture sides must be a multiple of this
     @property
     def area(self): return (self.unet.config.sample_size*self.factor)**2 # pixels it was trained for
+    @property
+    def fingerprint(self): # names these weights: a hash of 64 numbers of every tensor of UNet and text encoder
+        h = hashlib.sha1()
+        for p in (*self.unet.parameters(), *self.text_encoder.parameters()): h.update(p.detach().flatten()[::max(1,p.numel()//64)][:64].half().cpu().numpy().tobytes())
+        return h.hexdigest()[:16]
     def __repr__(self): return f'Model({self.name!r}, {self.channels} channels, {self.schedule.prediction}, {self.device}, {str(self.dtype)[6:]})'
 
 # %% ../nbs/04_model.ipynb #c009
@@ -177,7 +182,6 @@ def _tokens(self:Model, texts):
     return tok(texts, padding='max_length', max_length=n, truncation=True, return_tensors='pt').input_ids
 
 @patch
-@torch.no_grad()
 def embed(self:Model,
           text            # a text or a list of texts; '' is the empty prompt
          )->torch.Tensor: # [B, tokens, width]
@@ -224,10 +228,9 @@ def decode(self:Model,
 
 # %% ../nbs/04_model.ipynb #c032
 @patch
-@torch.no_grad()
 def eps(self:Model,
         z:torch.Tensor,   # [B, 4, h, w] latents at time t
-        t:int,            # time, 0..T-1
+        t,                # time, 0..T-1; or a tensor of B times, one a row
         c:torch.Tensor,   # [B or 1, tokens, width] text embeddings
         guidance:float=1., # scale s in e_u + s(e_c - e_u); 1 = off
         negative=None,    # embeddings to walk away from; None is the empty prompt
@@ -248,14 +251,15 @@ def _unet(self:Model, z, t, c, extra):
     if x.shape[1]!=self.channels: raise ValueError(f"this model's UNet takes {self.channels} channels, got {x.shape[1]}: {_channel_help(self.channels)}")
     self.rows += len(x)
     out = self.unet(x.to(self.dtype), t, encoder_hidden_states=c.to(self.dtype)).sample
-    return as_eps(out.to(z.dtype), z, self.schedule[t], self.schedule.prediction)
+    a = self.schedule[t]
+    return as_eps(out.to(z.dtype), z, a.to(z) if torch.is_tensor(a) else a, self.schedule.prediction)
 
 def _channel_help(n): return {4: "use it with the text-to-image methods", 8: "it edits by instruction, use instruct_pix2pix", 9: "it inpaints, pass it as fast_diffedit(..., inpainter=model)"}.get(n, "try load('tiny')")
 
 # %% ../nbs/04_model.ipynb #c035
 @dataclass(eq=False, repr=False)
 class Clip:
-    "A CLIP model with two verbs; features have unit length, so their product is the cosine."
+    "A CLIP model with three verbs; features have unit length, so their product is the cosine."
     net:CLIPModel
     tokenizer:CLIPTokenizer
     mean:list            # of the three colours, in [0, 1]
@@ -268,11 +272,16 @@ class Clip:
         return F.normalize(self.net.text_projection(self.net.text_model(**ids).pooler_output), dim=-1).cpu()
     @torch.no_grad()
     def image(self, images): # list of PIL -> [n, d]
+        return torch.cat([F.normalize(self.net.visual_projection(self.net.vision_model(p).pooler_output), dim=-1).cpu() for p in self.pixels(images).split(64)])
+    @torch.no_grad()
+    def spots(self, images): # list of PIL -> for each layer of the vision tower [n, h*w, width]: what it makes of each patch, unit length
+        layers = [self.net.vision_model(p, output_hidden_states=True).hidden_states[1:] for p in self.pixels(images).split(64)]
+        return [F.normalize(torch.cat(o)[:,1:], dim=-1).cpu() for o in zip(*layers)]
+    def pixels(self, images): # list of PIL -> [n, 3, size, size], as the vision tower takes them
         n = self.net.config.vision_config.image_size
         ims = [ImageOps.fit(im.convert('RGB'), (n,n), Image.Resampling.BICUBIC) for im in images]
         px = (np.stack([np.asarray(im) for im in ims])/255 - self.mean)/self.std
-        px = torch.from_numpy(px).permute(0,3,1,2).float().to(self.net.device)
-        return torch.cat([F.normalize(self.net.visual_projection(self.net.vision_model(p).pooler_output), dim=-1).cpu() for p in px.split(64)])
+        return torch.from_numpy(px).permute(0,3,1,2).float().to(self.net.device)
 
 # %% ../nbs/04_model.ipynb #c036
 def load_clip(name='tiny-clip', # 'tiny-clip', a local transformers folder, or a hub name

@@ -7,7 +7,6 @@ __all__ = ['CLEAN', 'Schedule', 'sd_schedule', 'read_schedule', 'path', 'clean_o
            'gaussian']
 
 # %% ../nbs/01_schedule.ipynb #c004
-import math
 from dataclasses import dataclass, replace
 import torch
 
@@ -22,7 +21,9 @@ class Schedule:
     offset:int=1                # the lowest time of a path
     final:float|None=None       # alpha-bar of the clean end; None: that of time 0, as Stable Diffusion has it
 
-    def __getitem__(self, t): return float(self.abar[t]) if t>=0 else float(self.abar[0]) if self.final is None else self.final
+    def __getitem__(self, t): # of one time, or of a tensor of B times as [B, 1, 1, 1]
+        if torch.is_tensor(t): return self.abar[t.cpu()].to(t.device)[:,None,None,None]
+        return float(self.abar[t]) if t>=0 else float(self.abar[0]) if self.final is None else self.final
     def __len__(self): return len(self.abar)
 
 # %% ../nbs/01_schedule.ipynb #c008
@@ -66,14 +67,14 @@ def clean_of(z:torch.Tensor, # latents at level a
              a:float         # their alpha-bar
             )->torch.Tensor: # the clean latents they were made of
     "The predicted clean latent."
-    return (z - math.sqrt(1-a)*eps)/math.sqrt(a)
+    return (z - (1-a)**.5*eps)/a**.5
 
 def noised(x0:torch.Tensor,  # clean latents
            eps:torch.Tensor, # unit normal noise
            a:float           # alpha-bar of the wanted level
           )->torch.Tensor:   # latents at that level
     "Mix clean latents with noise (DDPM eq. 4)."
-    return math.sqrt(a)*x0 + math.sqrt(1-a)*eps
+    return a**.5*x0 + (1-a)**.5*eps
 
 def ddim(z:torch.Tensor,     # latents at level a
          eps:torch.Tensor,   # the noise in them
@@ -90,7 +91,7 @@ def as_eps(out:torch.Tensor, # the network's raw output
            prediction:str    # 'epsilon' or 'v_prediction'
           )->torch.Tensor:   # the noise
     "Read a network's output as noise."
-    return out if prediction=='epsilon' else math.sqrt(a)*out + math.sqrt(1-a)*z
+    return out if prediction=='epsilon' else a**.5*out + (1-a)**.5*z
 
 # %% ../nbs/01_schedule.ipynb #c026
 def guide(u:torch.Tensor, # prediction for the empty (or negative) prompt

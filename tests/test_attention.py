@@ -1,28 +1,22 @@
-"Attention: what the original programs recorded, the defects that must not come back, bad inputs."
-import copy, json, os, unicodedata
+"Attention: the defects of the originals that must not come back, with blocks, bad inputs. What the originals recorded: checkers_attention_p2p.py."
+import copy, os, unicodedata
 from difflib import SequenceMatcher
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest, torch
 from PIL import Image
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from safetensors.torch import load_file
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
-from diffedit_lab.attention import (cross_window, edit_attention, equalizer, inject, local_blend, refine_maps, refine_mapper, replace_maps,
-                                    replace_mapper, watch, window, word_heat, word_maps, word_tokens)
-from diffedit_lab.attention import _spans
-from diffedit_lab.schedule import ddim, guide, read_schedule
+from diffedit_lab.attention import (carried_maps, carry, cross_window, edit_attention, equalizer, inject, local_blend, refine_maps, refine_mapper,
+                                    replace_maps, replace_mapper, watch, window, word_heat, word_maps, word_tokens)
+from diffedit_lab.attention import _only_swaps, _spans
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDENS = Path(os.environ.get('DIFFEDIT_LAB_GOLDENS') or ROOT.parent/'shared'/'goldens')
 TINY = ROOT/'diffedit_lab'/'models'/'tiny'/'tokenizer'
-
-def cases(item): return sorted(p for p in GOLDENS.rglob(f'{item}_*') if (p/'case.json').exists()) or [pytest.param(None, marks=pytest.mark.skip(f'no {item} goldens under {GOLDENS}'))]
-def read(case): return json.loads((case/'case.json').read_text())['settings'],load_file(case/'tensors.safetensors')
-def named(case): return case.name if isinstance(case, Path) else None
 
 @pytest.fixture(scope='module')
 def tok(): return CLIPTokenizer.from_pretrained(TINY, local_files_only=True)
@@ -38,88 +32,6 @@ def unet():
 def noise(*shape, seed=0): return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 def call(unet, rows=2, h=16, w=16, n=9, seed=0): return unet(noise(rows,4,h,w, seed=seed), 100, encoder_hidden_states=noise(rows,n,12, seed=seed+1)).sample
 def same_processors(a, b): return a.keys()==b.keys() and all(a[k] is b[k] for k in a)
-
-
-# -- recorded: alignment
-
-@pytest.mark.parametrize('case', cases('alignment'), ids=named)
-def test_golden_alignment(case):
-    s,t = read(case)
-    tok = CLIPTokenizer.from_pretrained(case.parent/'model'/'tokenizer', local_files_only=True)
-    for p in s['pairs']:
-        a,b,k = p['source'],p['target'],p['replacement_mapper_index']
-        assert tok(a).input_ids==p['source_token_ids']
-        if k is None:
-            with pytest.raises(ValueError): replace_mapper(tok, a, b, as_published=True)
-        else: assert (replace_mapper(tok, a, b, as_published=True)-t['replacement_mappers'][k]).abs().max()<1e-7
-        if (k := p.get('corrected_mapper_index')) is not None: assert (replace_mapper(tok, a, b)-t['corrected_replacement_mappers'][k]).abs().max()<1e-7
-        taken,alphas = refine_mapper(tok, a, b, as_published=True)
-        assert torch.equal(taken, t['refinement_mappers'][p['refinement_index']]) and torch.equal(alphas, t['refinement_alphas'][p['refinement_index']])
-        if p['target_token_count']>=p['source_token_count']: assert torch.equal(refine_mapper(tok, a, b)[0], taken)
-    for q in s['word_queries']:
-        assert word_tokens(tok, q['text'], q['word'], as_published=True)==q['token_indices']
-    for w in s['cross_windows']:
-        assert torch.equal(cross_window(tok, w['prompts'][1:], w['steps'], w['cross_replace_steps'], as_published=True), t[w['tensor']].float())
-    for e in s['equalizers']: assert torch.equal(equalizer(tok, e['text'], dict(zip(e['words'], e['values'])), as_published=True), t[e['tensor']])
-
-
-# -- recorded: the parts of this floor together make Prompt-to-Prompt's runs
-
-@pytest.fixture(scope='module')
-def parts():
-    "The golden model's parts in float64."
-    cache = {}
-    def get(folder):
-        if folder not in cache:
-            load = lambda cls,sub: cls.from_pretrained(folder/sub, torch_dtype=torch.float64, use_safetensors=True, local_files_only=True).eval().requires_grad_(False)
-            cache[folder] = SimpleNamespace(unet=load(UNet2DConditionModel, 'unet'), text_encoder=load(CLIPTextModel, 'text_encoder'), tokenizer=CLIPTokenizer.from_pretrained(folder/'tokenizer', local_files_only=True))
-        return cache[folder]
-    return get
-
-def carried(model, s):
-    "`new` of a case: its mappers and factors"
-    a,targets = s['prompts'][0],s['prompts'][1:]
-    eq = equalizer(model, targets[0], dict(zip(s['equalizer']['words'], s['equalizer']['values'])), as_published=True).double()[:,None,None] if s.get('equalizer') else 1
-    if s['edit']=='replace':
-        M = torch.stack([replace_mapper(model, a, b, as_published=True) for b in targets])
-        return lambda src,own: replace_maps(src, M)*eq
-    taken,alphas = map(torch.stack, zip(*(refine_mapper(model, a, b, as_published=True) for b in targets)))
-    return lambda src,own: refine_maps(src, own, taken, alphas)*eq
-
-def blend_mask(model, s, maps, size):
-    lb,prompts = s['local_blend'],s['prompts']
-    cols = lambda words: [[i for w in ([ws] if isinstance(ws, str) else ws) for i in word_tokens(model, p, w, as_published=True)] for p,ws in zip(prompts, words)]
-    mask = local_blend(maps, cols(lb['words']), size, lb['threshold'])
-    return mask & ~local_blend(maps, cols(lb['subtract_words']), size, lb['subtract_threshold'], pool=False) if lb.get('subtract_words') else mask
-
-@pytest.mark.parametrize('case', [c for i in ('p2p_replace','p2p_refine','p2p_reweight') for c in cases(i)], ids=named)
-def test_golden_prompt_to_prompt(case, parts):
-    s,t = read(case)
-    model,T,B = parts(case.parent/'model'),s['steps'],len(s['prompts'])
-    ids = model.tokenizer(['', *s['prompts']], padding='max_length', max_length=model.tokenizer.model_max_length, return_tensors='pt').input_ids
-    emb = model.text_encoder(ids).last_hidden_state
-    c,z = torch.cat([emb[:1].expand(B,-1,-1), emb[1:]]),t['start_latent'].double().expand(B,-1,-1,-1)
-    sched = read_schedule(json.loads((case.parent/'model'/'scheduler'/'scheduler_config.json').read_text()))
-    abar = DDIMScheduler.from_pretrained(case.parent/'model'/'scheduler').alphas_cumprod.double()
-    cross = cross_window(model, s['prompts'][1:], T, s['cross_replace_steps'], as_published=True)
-    fn = inject(carried(model, s), cross, window(T, s['self_replace_steps'], as_published=True), max_spots=s['self_replace_max_pixels'])
-    assert torch.equal(cross, t['cross_window'].float())
-    latents,masks,times = [],[],t['timesteps'].tolist()
-    with edit_attention(model, fn), watch(model, rows=slice(B,None)) as maps:
-        for k,time in enumerate(times):
-            u,e = model.unet(torch.cat([z,z]), time, encoder_hidden_states=c).sample.chunk(2)
-            to = time-1000//T
-            z,mask = ddim(z, guide(u, e, s['guidance_scale']), float(abar[time]), float(abar[max(to, 0)])),torch.zeros(B,1,*z.shape[2:], dtype=torch.bool)
-            if s.get('local_blend') and k>=int(s['local_blend']['start_blend']*T):
-                mask = blend_mask(model, s, maps.mean(), z.shape[2:])
-                z = torch.where(mask, z, z[:1])
-            latents.append(z); masks.append(mask)
-    want = t['latents'].double()
-    assert (torch.stack(latents)-want).abs().max() <= 1e-6*want.abs().max()
-    if 'blend_mask' in t: assert torch.equal(torch.stack(masks), t['blend_mask'].bool())
-    mean = t['average_cross_maps']
-    assert (maps.mean()[...,:mean.shape[-1]]-mean).abs().max()<1e-6
-    assert sched.offset==1
 
 
 # -- the defects of the originals
@@ -348,12 +260,12 @@ def test_inject_touches_only_what_it_says(unet):
             assert torch.equal(b[1], a[0] if l.call==0 and inside else a[1]) and torch.equal(a[0], b[0])
 
 def test_inject_without_guidance_and_with_several_targets(unet):
-    fn = inject(lambda src,own: src.expand_as(own), torch.ones(1,2,9), self_steps=(0,1), max_spots=10**6, guided=False)
+    fn = inject(lambda src,own: src.expand_as(own), torch.ones(1,2,9), self_steps=(0,1), max_spots=10**6)
     z = noise(1,4,16,16).expand(3,-1,-1,-1)
     with edit_attention(unet, fn), watch(unet, 'all') as m: unet(z, 100, encoder_hidden_states=noise(3,9,12))
     for v in m.sums.values(): assert (v-v[:1]).abs().max()<1e-6
-    for rows in (2,4,6):
-        with pytest.raises(ValueError, match='^inject is made for a source and 2 targets'):
+    for rows in (1,2,4,5):
+        with pytest.raises(ValueError, match='^inject is made for a source and 2 targets, 3 rows or twice'):
             with edit_attention(unet, fn): call(unet, rows)
     with pytest.raises(ValueError, match='^inject is made for 1 steps, this is UNet call 2'):
         with edit_attention(unet, fn): call(unet, 3); call(unet, 3)
@@ -375,6 +287,53 @@ def test_local_blend():
     assert torch.equal(mask[2], mask[0]) and (mask[0]<=mask[1]).all() and not mask[0,0,8:].any() and mask[1,0,12,4]
     assert local_blend(m, [[2],[3],[]], (16,8), pool=False).sum((1,2,3)).tolist()==[4,12,4]
     assert local_blend(m, [[2],[3],[]], (16,8), .5, pool=False).sum((1,2,3)).tolist()==[4,8,4]
+
+def test_auto_replaces_only_where_words_change_places(tok):
+    yes = [('a horse on grass','a zebra on grass'), ('a horse on grass','A zebra on  sand'), ('a cat','a cat')]
+    no = [('a big red cat','a cat on sand'), ('a horse on grass','a red horse on grass'), ('a red horse','a horse'), ('a horse on grass','a watercolor of a zebra on grass')]
+    assert all(_only_swaps(*o) for o in yes) and not any(_only_swaps(*o) for o in no)
+
+def test_carried_maps_of_mixed_targets(tok):
+    "Each target is replaced or refined by itself, and has factors of its own."
+    n, texts = tok.model_max_length, ['a horse on grass', 'a unicorn on grass', 'a red horse on grass']
+    A = noise(3,2,5,n).softmax(-1)
+    src,own = A[:1],A[1:]
+    want = torch.cat([replace_maps(src, replace_mapper(tok, *texts[:2])[None]), refine_maps(src, own[1:], *(o[None] for o in refine_mapper(tok, texts[0], texts[2])))])
+    assert torch.equal(carried_maps(tok, texts)(src, own), want)
+    assert torch.equal(carried_maps(tok, texts, factors={'grass':2})(src, own), want*equalizer(tok, texts[1:], {'grass':2})[:,None,None])
+    each = carried_maps(tok, texts, factors=[{'unicorn':3}, {'red':-1}])(src, own)
+    assert torch.equal(each[1], want[1]*equalizer(tok, texts[2], {'red':-1})[0]) and torch.equal(each[0], want[0]*equalizer(tok, texts[1], {'unicorn':3})[0])
+    assert carried_maps(tok, texts[:1])(src, own[:0]).shape==(0,2,5,n)
+    for bad in (dict(edit='swap'), dict(factors=[{}])):
+        with pytest.raises(ValueError, match=f'^{[*bad][0]} must be'): carried_maps(tok, texts, **bad)
+
+def test_carry(unet, tok):
+    "The blend begins when it should, keeps the outside, joins the source's mask and takes away what is subtracted; nothing stays behind."
+    both, texts, n = SimpleNamespace(unet=unet, tokenizer=tok), ['a horse on grass','a zebra on grass'], tok.model_max_length
+    before, z = unet.attn_processors, noise(2,4,16,16, seed=3)
+    def walk(**how):
+        out = []
+        with carry(both, texts, 4, **how) as blend:
+            for k in range(4): call(unet, 4, n=n); out.append((blend(k, z), blend.mask))
+        return out, blend
+    plain,b = walk()
+    assert all(torch.equal(x, z) and m is None for x,m in plain) and b.found()==(None,None) and set(b.maps.count.values())=={4} and len(b.maps.mean())==2
+    out,b = walk(blend=('horse','zebra'), threshold=.9, start=.5)
+    assert [m is None for _,m in out]==[True,True,False,False]
+    x,m = out[-1]
+    assert torch.equal(x[0], z[0]) and torch.equal(x[1], torch.where(m[1], z[1], z[0])) and (m[0]<=m[1]).all() and m.any() and not m.all()
+    mask,heat = b.found()
+    assert ((heat>.9)==(mask>0)).all() and mask.shape==(16,16)
+    rows = walk(blend=[['horse'],['zebra']], threshold=.9)[0][-1][1]
+    assert torch.equal(rows, walk(blend=['zebra','horse'], threshold=.9)[0][-1][1])
+    less = walk(blend=('horse','zebra'), subtract='grass', threshold=(.9,.5))[0][-1][1]
+    assert (less<=rows).all() and (less!=rows).any()
+    assert same_processors(before, unet.attn_processors)
+    for bad,what in ((dict(blend='cow'), "^no word 'cow' in"), (dict(subtract='horse'), '^subtract takes words out of a blend'), (dict(blend=[['horse'],['zebra'],['zebra']]), '^give the words of a blend'), (dict(self_=2), '^share must be')):
+        with pytest.raises(ValueError, match=what): carry(both, texts, 4, **bad)
+    for rows in (1,3):
+        with pytest.raises(ValueError, match='^inject is made'), carry(both, texts, 4): call(unet, rows, n=n)
+    assert same_processors(before, unet.attn_processors)
 
 def test_word_maps(unet, tok, monkeypatch):
     shown = []

@@ -3,17 +3,18 @@
 The methods are found in `diffedit_lab.methods`: a new one joins by itself. What it needs beyond `target` goes into `WORDS`."""
 import importlib, inspect, math, pkgutil, random
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
 
 import numpy as np, pytest, torch
 from PIL import Image
 
 import diffedit_lab.methods
-from diffedit_lab import load, paste
+from diffedit_lab import embedded, load, paste
 from diffedit_lab.masks import find_heat, noise_draws
 from diffedit_lab.methods.diffedit import slow_mask, three_rows
 from diffedit_lab.schedule import gaussian, path
+from diffedit_lab.train.instruct import widen
 
 def _methods():
     "Name -> public function, for everything that `@editor` made in `diffedit_lab.methods`."
@@ -25,20 +26,30 @@ def _methods():
 
 METHODS = _methods()
 QUICK = dict(target='a zebra on grass', source='a horse on grass', instruction='turn the horse into a zebra', steps=5, n=2, seed=0) # given to methods that know the word
-WORDS = {}                                # method -> further words it needs to be quick, or to run at all
+WORDS = dict(                             # method -> further words it needs to be quick, or to run at all
+    repaint=dict(jump=2, resamples=2), null_text=dict(iterations=1), style_diffusion=dict(steps=2, inner=1),
+    imagic=dict(embedding_updates=1, unet_updates=1, batch=2), forgedit=dict(updates=2, batch=2), dreambooth_forgedit=dict(updates=2, batch=2))
 MODELS = dict(instruct_pix2pix='tiny-instruct') # method -> the embedded model it needs, where that is not `tiny`
 DRAWS = dict(diffedit='heat')             # method -> what its seed decides, where that is not the picture
 ROWS = dict(                              # method -> [(words, rows)], as the paper counts
     sdedit=[(dict(steps=50, strength=.6), 60), (dict(steps=10, strength=.6, guidance=1.), 6)],
     diffedit=[(dict(steps=50, strength=.8, n=10), 20+40+80), (dict(steps=5, strength=.8, n=3, mask='full'), 4+8), (dict(steps=5, strength=.8, n=3, guidance=1.), 6+4+4)],
-    fast_diffedit=[(dict(steps=20, strength=.8, n=20), 40+32), (dict(steps=5, strength=.8, mask='full'), 8)])
+    fast_diffedit=[(dict(steps=20, strength=.8, n=20), 40+32), (dict(steps=5, strength=.8, mask='full'), 8)],
+    prompt_to_prompt=[(dict(steps=50), 50+4*50), (dict(steps=5, guidance=1.), 5+2*5), (dict(steps=5, target=['a zebra on grass','a cow on grass']), 5+6*5)],
+    instruct_pix2pix=[(dict(steps=10), 30)], null_text=[(dict(steps=5, iterations=1), 5+15+20)], style_diffusion=[(dict(steps=3, inner=2), 27)],
+    imagic=[(dict(embedding_updates=1, unet_updates=1, batch=2, steps=4), 4+8)], forgedit=[(dict(updates=2, batch=3, steps=4), 6+8)],
+    dreambooth_forgedit=[(dict(updates=2, batch=2, steps=4), 4+8)])
 
 def knows(method, *words): return set(words) <= set(inspect.signature(METHODS[method]).parameters)
 every = pytest.mark.parametrize('method', METHODS)
 def those_with(*words): return pytest.mark.parametrize('method', [m for m in METHODS if knows(m, *words)])
 
 @cache
-def _other(name): return load(name, device='cpu', dtype=torch.float32)
+def _other(name):
+    "The embedded model, or `tiny` with more input channels where that model does not ship."
+    if name in embedded(): return load(name, device='cpu', dtype=torch.float32)
+    m = load('tiny', device='cpu', dtype=torch.float32)
+    return replace(m, unet=widen(m.unet, 8).eval().requires_grad_(False))
 
 @pytest.fixture
 def parts(method, model):
@@ -48,6 +59,7 @@ def parts(method, model):
 def edit(method, model, image, **words):
     "Run a method quickly."
     quick = {k: v for k,v in QUICK.items() if knows(method, k)} | WORDS.get(method, {}) | words
+    if knows(method, 'mask') and inspect.signature(METHODS[method]).parameters['mask'].default is inspect.Parameter.empty: quick = dict(mask=box(*image.size)) | quick
     return METHODS[method](model, image, **quick)
 
 def pixels(im): return np.asarray(im).astype(int)

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPTokenizer
 
 from diffedit_lab.model import load, load_clip
-from diffedit_lab.train.clip import jitter, new_clip, new_tokenizer, polish_clip, train_clip
+from diffedit_lab.train.clip import bend, new_clip, new_tokenizer, polish_clip, train_clip, wear
 from diffedit_lab.train.codec import encode_world, fit, new_codec, pixels, polish_codec, read_codec, train_codec, world
 from diffedit_lab.train.unet import PROBE, MuonAdam, halved, loss_weight, new_unet, train_unet
 
@@ -148,7 +148,9 @@ def test_loss_weight_is_continuous_and_bounded():
     w = loss_weight(ab)
     assert w.max() <= 10 and (w[1:] <= w[:-1]+1e-6).all() and torch.allclose(loss_weight(ab, boost=1), (5*(1-ab)/ab).clamp(max=1))
 
-def test_jitter_and_halved():
+def test_damage_and_halved():
     _, pictures = world(3)
-    assert np.array_equal(jitter(pictures, np.random.default_rng(0), 0), pictures)
+    x, rng = pixels(pictures).contiguous(), np.random.default_rng
+    assert torch.allclose(bend(x, rng(0), turn=0, grow=0, shift=0, wave=0), x, atol=1e-4)
+    assert torch.equal(wear(bend(x, rng(0)), rng(1)), wear(bend(x, rng(0)), rng(1))) and (wear(x, rng(1))-x).abs().max() > .01
     assert halved(pictures).shape == (3,64,64,3) and np.array_equal(halved(np.repeat(np.repeat(pictures,2,1),2,2)), pictures)

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['ORDERS', 'world_words', 'new_tokenizer', 'new_clip', 'tokens', 'text_features', 'image_features', 'clip_loss',
-           'clip_accuracy', 'save_clip', 'train_clip', 'jitter', 'polish_clip_loss', 'polish_clip']
+           'clip_accuracy', 'save_clip', 'train_clip', 'bend', 'wear', 'through_codec', 'polish_clip_loss',
+           'polish_clip']
 
 # %% ../../nbs/41_train_clip.ipynb #c004
 import json
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from ..loops import progress
 from ..metrics import recognise
 from ..model import Clip, best_device, load_clip
 from ..scenes import *
@@ -140,13 +142,48 @@ def train_clip(out,               # folder for the finished tiny-clip (transform
     return log
 
 # %% ../../nbs/41_train_clip.ipynb #c033
-def jitter(pictures, # uint8 [n, H, W, 3]
-           rng,      # numpy Generator
-           shift=8   # pixels, at most, each way
-          ):         # the same, each picture moved by its own amount; the border is repeated
-    "Move every picture a little."
-    pad = np.pad(pictures, ((0,0),(shift,shift),(shift,shift),(0,0)), 'edge'); h,w = pictures.shape[1:3]
-    return np.stack([p[y:y+h,x:x+w] for p,(y,x) in zip(pad, rng.integers(0, 2*shift+1, (len(pad),2)))])
+def _each(rng, x, lo, hi): return torch.from_numpy(rng.uniform(lo, hi, len(x))).to(x)
+
+def bend(x,            # float32 [n, 3, H, W]
+         rng,          # numpy Generator
+         turn=8.,      # degrees, at most, each way
+         grow=.15,     # share of the size
+         shift=10,     # pixels
+         wave=2.5      # pixels, the standard deviation of a smooth random displacement
+        ):             # the same shape; what comes in at the border is mirrored
+    "Turn, scale, move and bend each picture by its own amount."
+    a, k, px = _each(rng, x, -turn, turn).deg2rad(), _each(rng, x, 1-grow, 1+grow), 2/x.shape[-1]
+    rows = [torch.stack([*o, _each(rng, x, -shift, shift)*px], -1) for o in ((k*a.cos(), -k*a.sin()), (k*a.sin(), k*a.cos()))]
+    where = F.affine_grid(torch.stack(rows, 1), x.shape, align_corners=False)
+    waves = torch.from_numpy(rng.standard_normal((len(x),2,6,6))).to(x)*wave*px*_each(rng, x, 0, 1)[:,None,None,None]
+    where = where + F.interpolate(waves, x.shape[-2:], mode='bicubic', align_corners=True).permute(0,2,3,1)
+    return F.grid_sample(x, where, padding_mode='reflection', align_corners=False)
+
+def wear(x,       # float32 [n, 3, H, W] in [-1, 1]
+         rng,     # numpy Generator
+         noise=.08 # the most of the added noise's standard deviation
+        ):        # the same shape
+    "Half of the pictures softer, all in another light and a little noisy."
+    share = lambda lo, hi: _each(rng, x, lo, hi)[:,None,None,None]
+    soft, mid = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2., mode='bilinear'), x.mean((1,2,3), keepdim=True)
+    x = torch.lerp(x, soft, share(0,1)*(share(0,1)<.5))
+    return (x-mid)*share(.8,1.2) + mid + share(-.12,.12) + noise*share(0,1)*normal(rng, x)
+
+# %% ../../nbs/41_train_clip.ipynb #c361
+@torch.no_grad()
+def through_codec(vae,          # what read_codec() returns
+                  pictures,     # uint8 [n, H, W, 3]
+                  noise=.35,    # the most of the standard deviation added to the latents
+                  seed:int=0,   # of the noise
+                  batch:int=8   # pictures at a time
+                 )->np.ndarray: # uint8 [n, H, W, 3]
+    "Pictures as the codec gives them back, from latents that are a little wrong."
+    rng, dev, out = np.random.default_rng(seed), next(vae.parameters()).device, []
+    for i in progress(range(0, len(pictures), batch), desc='codec'):
+        z = vae.encode(pixels(pictures[i:i+batch], dev)).latent_dist.mean
+        z = z + _each(rng, z, 0, noise)[:,None,None,None]*normal(rng, z)/vae.config.scaling_factor
+        out.append(((vae.decode(z).sample/2+.5).clamp(0,1)*255).round().byte().permute(0,2,3,1).cpu().numpy())
+    return np.concatenate(out)
 
 # %% ../../nbs/41_train_clip.ipynb #c035
 @torch.no_grad()
@@ -155,16 +192,16 @@ def polish_clip_loss(net,           # a finished CLIPModel, on its device
                      pictures,      # uint8 [n, 128, 128, 3]
                      tok,           # its tokenizer
                      batch:int=128, # pictures a step
-                     shift:int=8,   # pixels each picture may move
-                     noise:float=.03 # standard deviation of the added noise; pixels are in [-1, 1]
+                     coded=None     # uint8 [m, 128, 128, 3]: the first m pictures through the codec; half of each batch comes from them
                     ):              # a loss for `fit`
     "Each picture must find its caption among all captions of the world, weighted by how often they occur."
     texts, which, count = np.unique(captions, return_inverse=True, return_counts=True)
     t = torch.cat([text_features(net, tokens(tok, texts[i:i+256].tolist(), net.device)) for i in range(0,len(texts),256)])
     prior = torch.from_numpy(count/len(captions)).float().log().to(net.device)
     def loss(net, rng):
-        n = np.sort(rng.integers(len(captions), size=batch))
-        x = pixels(jitter(pictures[n], rng, shift), net.device); x = x + noise*normal(rng, x)
+        n = np.sort(rng.integers(len(captions), size=batch)); seen = pictures[n]
+        if coded is not None: n[::2] = rng.integers(len(coded), size=len(n[::2])); seen[::2] = coded[n[::2]]
+        x = wear(bend(pixels(seen, net.device).contiguous(), rng), rng)
         with torch.autocast(net.device.type, torch.bfloat16): i = image_features(net, x)
         s = net.logit_scale.clamp(max=4.6).exp()*i@t.T + prior
         return F.cross_entropy(s, torch.from_numpy(which[n]).to(net.device))
@@ -174,11 +211,12 @@ def polish_clip_loss(net,           # a finished CLIPModel, on its device
 def polish_clip(out,                      # folder for the polished tiny-clip; may be the folder it came from
                 clip,                     # folder of the finished tiny-clip
                 work='.work/clip_polish', # folder for checkpoint and log; the scenes are kept beside it
-                minutes:float=10.,        # budget of training time
+                minutes:float=15.,        # budget of training time
                 *, steps:int=None,        # budget in steps, instead of minutes
+                codec=None,               # folder of the finished codec; None: clean pictures alone
                 scenes:int=32_000,        # training scenes
                 batch:int=128,            # pictures a step
-                lr:float=5e-4,            # peak learning rate
+                lr:float=1e-3,            # peak learning rate
                 check:int=200,            # held-out scenes judged at each checkpoint
                 device=None               # torch device; the best there is by default
                )->list:                   # the log
@@ -187,7 +225,8 @@ def polish_clip(out,                      # folder for the polished tiny-clip; m
     net = CLIPModel.from_pretrained(clip, use_safetensors=True, attn_implementation='eager').float().to(device or best_device())
     for part in (net.text_model, net.text_projection, net.logit_scale): part.requires_grad_(False)
     captions, pictures = world(scenes, Path(work).parent)
-    log = fit(net, polish_clip_loss(net, captions, pictures, tok, batch), work, minutes=minutes, steps=steps, report=lambda net,_: clip_accuracy(_as_clip(net, tok), check),
+    coded = through_codec(read_codec(codec, net.device), pictures[:scenes//10]) if codec else None
+    log = fit(net, polish_clip_loss(net, captions, pictures, tok, batch, coded), work, minutes=minutes, steps=steps, report=lambda net,_: clip_accuracy(_as_clip(net, tok), check),
               optimizer=lambda ps: torch.optim.AdamW(ps, lr, (.9,.98), weight_decay=.05))
     save_clip(net, tok, out)
     return log

@@ -23,9 +23,9 @@ def _scene_row(seed):
     s = scene(seed=seed)
     return s.caption, np.asarray(s.image)
 
-def _draw_all(n, workers):
-    if workers<2 or n<500: return [_scene_row(i) for i in progress(range(n), desc='scenes')]
-    with ProcessPoolExecutor(workers) as pool: return list(progress(pool.map(_scene_row, range(n), chunksize=64), total=n, desc='scenes'))
+def _draw_all(row, n, workers):
+    if workers<2 or n<500: return [row(i) for i in progress(range(n), desc='scenes')]
+    with ProcessPoolExecutor(workers) as pool: return list(progress(pool.map(row, range(n), chunksize=64), total=n, desc='scenes'))
 
 # %% ../../nbs/40_train_codec.ipynb #c008
 def world(n:int,        # number of scenes; their seeds are 0..n-1
@@ -35,7 +35,7 @@ def world(n:int,        # number of scenes; their seeds are 0..n-1
     "The training scenes, drawn once."
     file = Path(folder)/f'world_{n}.npy' if folder else None
     if file and file.exists(): return json.loads(file.with_suffix('.json').read_text()), np.load(file, mmap_mode='r')
-    captions, pictures = zip(*_draw_all(n, workers))
+    captions, pictures = zip(*_draw_all(_scene_row, n, workers))
     captions, pictures = list(captions), np.stack(pictures)
     if file:
         file.parent.mkdir(parents=True, exist_ok=True); file.with_suffix('.json').write_text(json.dumps(captions))

@@ -49,7 +49,8 @@ def read_controlnet(where, # a ControlNetModel, its folder or hub name, or the f
     if not isinstance(net, ControlNetModel):
         folder = Path(where)/'controlnet' if (Path(where)/'controlnet').is_dir() else where
         try:
-            with _quiet(): net = ControlNetModel.from_pretrained(folder, use_safetensors=True, local_files_only=Path(folder).is_dir() or '/' not in str(where)).to(model.device, model.dtype).eval().requires_grad_(False)
+            if not Path(folder).is_dir() and str(where).count('/')!=1: raise OSError('there is no such folder')
+            with _quiet(): net = ControlNetModel.from_pretrained(folder, use_safetensors=True).to(model.device, model.dtype).eval().requires_grad_(False)
         except Exception as e: raise ValueError(f'control: {str(where)!r} holds no ControlNet in safetensors ({" ".join(str(e).split())[:100]}): give its folder, or a folder of a pipeline with controlnet/ in it') from None
     width, theirs = ([tuple(n.config.block_out_channels), n.config.cross_attention_dim] for n in (model.unet, net))
     if width!=theirs: raise ValueError(f"control: this ControlNet is for a UNet with widths and text {theirs}, and the model's has {width}: give one that was made for it")

@@ -50,10 +50,10 @@ def test_a_prediction_does_not_depend_on_how_many_there_are(model, scene):
 def test_paint_outside_the_mask_never_leaks(model, scene):
     clean, dirty = scene.image.copy(), scene.image.copy()
     for im in (clean, dirty): im.paste('gold', (40,40,88,88))
-    dirty.paste('black', (0,0,128,20))
+    dirty.paste('black', (0,0,128,20)) # and the codec's normalisation looks everywhere
     words = dict(target=TARGET, mask=box(), n=1, steps=4, strength=.5)
     a,b,plain = (blended_latents(model, scene.image, **words, start=s) for s in (clean, dirty, 'source'))
-    assert abs(array(a.raw)-array(b.raw)).max()<=3 < abs(array(a.raw)-array(plain.raw)).max() # the codec looks a little around the mask
+    assert np.array_equal(array(a.raw), array(b.raw)) and not np.array_equal(array(a.raw), array(plain.raw))
 
 @pytest.mark.parametrize('start', ['source','noise'])
 def test_published_loops_differ_and_run(model, scene, start):

@@ -105,7 +105,7 @@ BAD = {
     'picture is a folder': ('edit --image {tmp} --target x', 'is a folder'),
     'picture is no picture': ('edit --image {text} --target x', 'cannot be read as a picture'),
     'no target': ('edit --image {horse}', 'needs --target'),
-    'unknown method': ('edit --image {horse} --target x --method magic', 'there are diffedit'),
+    'unknown method': ('edit --image {horse} --target x --method magic', 'there are blended_latents, diffedit'),
     'unknown model': ('edit --image {horse} --target x --model huge', 'no model'),
     'judge as model': ('edit --image {horse} --target x --model tiny-clip', 'tiny-clip'),
     'strength out of range': ('edit --image {horse} --target x --strength 1.2', 'strength must be in [0, 1]'),

@@ -21,7 +21,7 @@ def _methods():
     found = {}
     for m in pkgutil.iter_modules(diffedit_lab.methods.__path__, 'diffedit_lab.methods.'):
         for name,f in vars(importlib.import_module(m.name)).items():
-            if inspect.isfunction(f) and f.__module__==m.name and {'paste','feather'} <= set(inspect.signature(f).parameters): found[name] = f
+            if inspect.isfunction(f) and f.__module__==m.name and {'image','paste','feather'} <= set(inspect.signature(f).parameters): found[name] = f
     return found
 
 METHODS = _methods()

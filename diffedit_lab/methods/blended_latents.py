@@ -103,7 +103,8 @@ def _top(model, image, start, z, cells, noise, a):
     if isinstance(start, str): return noise if start=='noise' else noised(z, noise, a)
     drawn = open_image(start, 'start'); fit = Fit(drawn.size, model.area, model.multiple)
     if fit.grid!=image.size: raise ValueError(f'start is {drawn.width}x{drawn.height}, another shape than the picture: paint on a copy of the picture')
-    return noised(cells*model.encode(fit.image(drawn)) + (1-cells)*z, noise, a)
+    seen = paste(fit.image(drawn), image, cells) # the codec must not see paint outside the mask: its normalisation looks everywhere
+    return noised(cells*model.encode(seen) + (1-cells)*z, noise, a)
 
 # %% ../../nbs/13_blended_latents.ipynb #c031
 @editor(checks=dict(start=(lambda x: not isinstance(x,str) or x in ('source','noise'), "'source', 'noise', or a picture that you painted on"),
@@ -126,7 +127,7 @@ def blended_latents(model,              # what load() returns
     "Blended Latent Diffusion (Avrahami et al. 2023, Algorithm 1). `2 * n * strength * steps` UNet rows."
     z, times = model.encode(image), path(model.schedule, steps, strength)
     cells = (mask>=.5).to(z) if as_published else touched(mask, model.factor).to(z)
-    if mask.any() and not cells.any(): raise ValueError(f'mask is too thin for latent cells of {model.factor}x{model.factor} pixels and would change nothing: draw it thicker')
+    if mask.any() and not cells.any(): raise ValueError(f'mask touches none of the latent cells of {model.factor}x{model.factor} pixels and would change nothing: draw it thicker')
     if len(times)==1: return z
     noises = noise_draws((len(times),*z.shape[1:]), n, seed).unflatten(0, (n,-1)).transpose(0,1).to(z)
     masks = [m[None] for m in shrink_masks(cells, shrink)]
@@ -140,7 +141,7 @@ def blended_latents(model,              # what load() returns
     order, scores = zip(*rank(clip, [model.decode(o[None]) for o in x], target, cells, as_published))
     return Draft(x[list(order)], scores=list(scores))
 
-# %% ../../nbs/13_blended_latents.ipynb #c042
+# %% ../../nbs/13_blended_latents.ipynb #c043
 def seam_error(image,  # the repaired picture, or an object with an `.image`
                edited, # the decoded edit, all of one piece
                mask    # 1 = edited; anything `as_mask` reads
@@ -151,7 +152,7 @@ def seam_error(image,  # the repaired picture, or an object with an `.image`
     jumps = np.concatenate([np.abs(np.diff(d, axis=k))[np.diff(m, axis=k)] for k in (0,1)])
     return float(jumps.mean()) if jumps.size else 0.
 
-# %% ../../nbs/13_blended_latents.ipynb #c044
+# %% ../../nbs/13_blended_latents.ipynb #c045
 def poisson(edited, # the decoded edit; anything `open_image` reads
             source, # the picture it was made from
             mask,   # 1 = edited
@@ -161,12 +162,14 @@ def poisson(edited, # the decoded edit; anything `open_image` reads
     e, s = np.asarray(open_image(edited, 'edited')), np.asarray(open_image(source, 'source'))
     m = np.uint8(255*(as_mask(mask, s.shape[1::-1])>=.5))
     x,y,w,h = cv2.boundingRect(m)
-    if not m.any(): return Image.fromarray(s)
-    if not as_published: return Image.fromarray(cv2.seamlessClone(e, s, m, (x+w//2, y+h//2), cv2.NORMAL_CLONE))
-    box = slice(y, y+h-1), slice(x, x+w-1)
-    return Image.fromarray(cv2.seamlessClone(e[box], s, m[box], ((2*x+w-1)//2+1, (2*y+h-1)//2+1), cv2.NORMAL_CLONE))
+    if min(w,h)<3: return paste(edited, source, m) # nothing inside to solve for
+    if as_published:
+        box = slice(y, y+h-1), slice(x, x+w-1)
+        return Image.fromarray(cv2.seamlessClone(e[box], s, m[box], ((2*x+w-1)//2+1, (2*y+h-1)//2+1), cv2.NORMAL_CLONE))
+    wide = lambda o: cv2.copyMakeBorder(o, 2, 2, 2, 2, cv2.BORDER_REPLICATE if o is not m else cv2.BORDER_CONSTANT) # OpenCV shifts masks that touch the frame
+    return Image.fromarray(cv2.seamlessClone(wide(e), wide(s), wide(m), (x+w//2+2, y+h//2+2), cv2.NORMAL_CLONE)[2:-2,2:-2])
 
-# %% ../../nbs/13_blended_latents.ipynb #c047
+# %% ../../nbs/13_blended_latents.ipynb #c048
 def _signed(image): return torch.from_numpy(np.array(image)).permute(2,0,1)[None].float()/127.5-1 # PIL -> [1, 3, H, W] in [-1, 1]
 
 @torch.enable_grad()
@@ -192,7 +195,7 @@ def tune_background(model,          # what load() returns
             yield y.detach(), z.detach().clone(), inside.item(), outside.item()
             if k<steps: adam.zero_grad(); (inside+weight*outside).backward(); adam.step()
 
-# %% ../../nbs/13_blended_latents.ipynb #c049
+# %% ../../nbs/13_blended_latents.ipynb #c050
 def reconstruct_background(model,       # what load() returns
                            edit,        # an Edit of any method, or a decoded picture
                            *, source=None, # the picture it was made from; None: the Edit knows
@@ -215,7 +218,7 @@ def reconstruct_background(model,       # what load() returns
     facts = {} if m.all() else dict(before=_outside_db(raw, source, m), after=_outside_db(image, source, m))
     return Edit(image, Image.fromarray(np.uint8(255*m)), edit.heat, source, edit.method, edit.settings|dict(background=how)|words, time.time()-begun, edit.rows, raw=raw, paste=facts, geometry=edit.geometry)
 
-# %% ../../nbs/13_blended_latents.ipynb #c054
+# %% ../../nbs/13_blended_latents.ipynb #c055
 @torch.no_grad()
 def through_pixels(model,           # what load() returns
                    x0:torch.Tensor, # [B, 4, h, w] predicted clean latents
@@ -227,7 +230,7 @@ def through_pixels(model,           # what load() returns
     y = model.vae.decode(x0.to(model.vae.dtype)/model.vae.config.scaling_factor).sample
     return model.encode(mask.to(y)*y + (1-mask.to(y))*_signed(source).to(y), generator)
 
-# %% ../../nbs/13_blended_latents.ipynb #c057
+# %% ../../nbs/13_blended_latents.ipynb #c058
 def in_top(clip,     # what load_clip() returns
            images,   # list of pictures, or of objects with an `.image`
            text:str, # what was asked for

@@ -6,6 +6,7 @@ from diffedit_lab.result import Edit, Fitted, load_fitted, gallery
 from diffedit_lab.scenes import scene, heldout, Scene
 from diffedit_lab.model import load, load_clip, embedded, Model
 from diffedit_lab.bench import compare, quality
+from diffedit_lab.widgets import explore, paint, grid, film
 from diffedit_lab.methods.sdedit import sdedit
 from diffedit_lab.methods.diffedit import diffedit
 from diffedit_lab.methods.fast_diffedit import fast_diffedit
@@ -19,5 +20,5 @@ from diffedit_lab.methods.forgedit import forgedit, dreambooth_forgedit
 from diffedit_lab.methods.instruct_pix2pix import instruct_pix2pix
 
 __all__ = ['open_image', 'show', 'strip', 'overlay', 'as_mask', 'paste', 'Edit', 'Fitted', 'load_fitted', 'gallery', 'scene', 'heldout', 'Scene',
-           'load', 'load_clip', 'embedded', 'Model', 'compare', 'quality', 'sdedit', 'diffedit', 'fast_diffedit', 'blended_latents', 'reconstruct_background',
+           'load', 'load_clip', 'embedded', 'Model', 'compare', 'quality', 'explore', 'paint', 'grid', 'film', 'sdedit', 'diffedit', 'fast_diffedit', 'blended_latents', 'reconstruct_background',
            'repaint', 'prompt_to_prompt', 'generate_and_edit', 'null_text', 'style_diffusion', 'imagic', 'forgedit', 'dreambooth_forgedit', 'instruct_pix2pix']

@@ -16,6 +16,7 @@ from .model import *
 from .metrics import *
 from .bench import *
 from .bench import _bars
+from .style_batch import style_csv
 
 # %% ../nbs/33_cli.ipynb #c007
 def _methods(args):
@@ -102,6 +103,16 @@ def _quality(args):
     print(table(found))
     if file: file.write_text(json.dumps(found, indent=1)+'\n')
 
+# %% ../nbs/33_cli.ipynb #c021b
+def _style_csv(args):
+    "A table of StyleDiffusion edits, row by row"
+    n, failed, words = 0, 0, dict(map(_setting, args.set))
+    for row in style_csv(load(args.model), args.file, save_path=_room(args.save_path, '--save-path'), models=_room(args.models, '--models'), from_case=args.from_case, end_case=args.end_case, **words):
+        n, failed = n+1, failed+(row['state']=='failed')
+        print(f"case {row['case']}  {row['state']}: {row.get('error') or row['files'][0]}")
+    if not n: print('no row of the table has such a case number')
+    if failed: raise RuntimeError(f'{failed} of {n} rows failed (their reasons are above): mend them and run the same command again')
+
 # %% ../nbs/33_cli.ipynb #c023
 class _Parser(argparse.ArgumentParser):
     def error(self, message): raise ValueError(f'{message} (help: {self.prog} --help)')
@@ -136,6 +147,14 @@ def _parser():
     add('--json', metavar='FILE', help='write the numbers to a file, too, as one flat object')
     add('--cases', type=int, default=200, metavar='N', help='how many edits, 1 to 1000 (default: %(default)s)')
     add('--model', default='tiny', metavar='NAME', help='as for edit (default: %(default)s)')
+    add = _command(commands, 'style-csv', _style_csv, 'run a table of StyleDiffusion edits, in the layout of its authors', 'What is there already is skipped: after a stop, run the same command again.')
+    add('file', metavar='FILE', help='a CSV: case_number, prompt, image_path, and for edits target, blend_word, eq_params, tau_v, tau_c, tau_s, tau_u, edit_type')
+    add('--save-path', default='stylediffusion-results', metavar='DIR', help='folder for the pictures (default: %(default)s)')
+    add('--models', default='.', metavar='DIR', help='folder for what is learned (default: here)')
+    add('--from-case', type=float, default=0, metavar='N', help='the first case number')
+    add('--end-case', type=float, default=float('inf'), metavar='N', help='the case number after the last')
+    add('--model', default='tiny', metavar='NAME', help='as for edit (default: %(default)s)')
+    add('--set', action='append', default=[], metavar='NAME=VALUE', help='a keyword of style_diffusion, such as --set inner=20; can be given several times')
     _command(commands, 'methods', _methods, 'list the methods: what each does, its paper, and its cost in UNet rows')
     return p
 

@@ -63,7 +63,7 @@ def find_heat(model,           # what load() returns
              )->np.ndarray:    # [h, w] float32 in [0, 1]
     "Where the two texts disagree about this picture (DiffEdit, section 3.2, step 1). `2 * n` UNet rows."
     t = path(model.schedule, steps, strength)[-1]
-    if t==CLEAN: raise ValueError(f'mask_strength {strength} of {steps} steps leaves no noise to contrast: use 0.5')
+    if t==CLEAN: raise ValueError(f'mask_strength {strength} of {steps} steps leaves no noise to contrast: use 0.5, and at least 2 steps')
     heat = as_heat(noise_contrast(model, z, model.embed(source), model.embed(target), t, noise_draws(z.shape, n, seed)))
     if not heat.any(): warnings.warn(f'source {source!r} and target {target!r} are the same to this model: the mask is empty and nothing will change')
     return heat

@@ -156,6 +156,7 @@ def load(name='tiny',       # an embedded model's name, a local diffusers folder
     elif isinstance(name,str) and re.fullmatch(r'[\w.-]+/[\w.-]+', name) and not name.startswith('.'): folder = _fetch(name)
     else: raise FileNotFoundError(f"no model {str(name)!r}: it is no folder here, no hub name 'owner/model' and none of the embedded models ({', '.join(embedded())})")
     if str(name)=='tiny-clip': raise ValueError("'tiny-clip' judges pictures and cannot draw: use load_clip() for it, load('tiny') for editing")
+    if str(name)=='tiny-captioner': raise ValueError("'tiny-captioner' says what a picture shows and cannot draw: forgedit asks it where no source is given (methods.forgedit.load_captioner() alone), use load('tiny') for editing")
     with _quiet(): return _read_folder(folder, str(name), device, dtype)
 
 # %% ../nbs/04_model.ipynb #c020
@@ -289,7 +290,7 @@ def load_clip(name='tiny-clip', # 'tiny-clip', a local transformers folder, or a
              )->Clip:
     "Load a CLIP model to judge pictures with."
     if not isinstance(name,(str,Path)) or not str(name): raise ValueError(f"name must be 'tiny-clip', a folder or a hub name, got {name!r}")
-    if str(name) in embedded() and name!='tiny-clip': raise ValueError(f"name {str(name)!r} is a model that draws: use load_clip('tiny-clip') to judge")
+    if str(name) in embedded() and name!='tiny-clip': raise ValueError(f"name {str(name)!r} is no CLIP: use load_clip('tiny-clip') to judge")
     folder = _MODELS/name if name=='tiny-clip' else Path(name) if Path(name).is_dir() else _fetch(str(name), ('*.json','*.txt','model.safetensors'))
     check_weights(folder/'model.safetensors'); seen = _settings(folder/'preprocessor_config.json')
     with _quiet(): net = _part(CLIPModel, folder).to(device or best_device(), torch.float32).eval().requires_grad_(False)

@@ -8,7 +8,8 @@ from diffedit_lab.attention import Layer
 from diffedit_lab.instruct_data import pair_walk, share_first
 from diffedit_lab.methods.instruct_pix2pix import ancestral, even_times, follow, real_times
 from diffedit_lab.schedule import noised
-from diffedit_lab.train.instruct import conditions, dropped, wide_conv, widen
+from diffedit_lab.train.instruct import conditions, dropped
+from diffedit_lab.train.inpaint import wide_conv, widen
 from golden_tools import _load, picture, sample
 
 def in_sigmas(z, a):
@@ -54,13 +55,13 @@ def dropout_widen(model, t, s):
     c, pictures = conditions(t['u_edge'], model.embed(s['texts']), model.embed(''), model.encode(t['source_images'])/scale, s['dropout'])
     conv = torch.nn.Conv2d(4, len(t['conv_in.bias']), 3, padding=1)
     with torch.no_grad(): conv.weight.copy_(t['conv_in.weight']); conv.bias.copy_(t['conv_in.bias'])
-    wide = wide_conv(conv)
+    wide = wide_conv(conv, 8)
     got = {'edge_code': code(t['u_edge']), 'many_code': code(t['u_many']), 'target_latents': sample(model, t['target_images'], t['posterior_noise']),
            'text_condition': c, 'image_condition': pictures, 'widened.weight': wide.weight.detach(), 'widened.bias': wide.bias.detach()}
     if 'probe.latent' in t:
         narrow = _load(Path(model.name).parent/'model_pair', torch.float32).unet
         with torch.no_grad():
-            got['probe.noise_prediction'] = widen(narrow)(torch.cat([t['probe.latent'], t['probe.image_latent']], 1), t['probe.times'], t['probe.embedding']).sample
+            got['probe.noise_prediction'] = widen(narrow, 8)(torch.cat([t['probe.latent'], t['probe.image_latent']], 1), t['probe.times'], t['probe.embedding']).sample
             own = narrow(t['probe.latent'], t['probe.times'], t['probe.embedding']).sample
         return got, [('the narrow network says the same', got['probe.noise_prediction'], own, 1e-5)]
     return got, []

@@ -179,7 +179,7 @@ def test_scene_refuses(kind): one_line(lambda: SCENES[kind][0](diffedit_lab.scen
 
 LOADS = dict(
     empty=(dict(name=''), ['name must be', 'tiny']), none=(dict(name=None), ['name must be', 'tiny']), number=(dict(name=3), ['name must be']), stranger=(dict(name='huge'), ["'huge'", 'tiny', 'owner/model']),
-    no_folder=(dict(name='./no/such/folder'), ['./no/such/folder', 'tiny']), a_file=(dict(name=__file__), ['test_bad_inputs.py', 'tiny']), judge=(dict(name='tiny-clip'), ['tiny-clip', 'load_clip()']),
+    no_folder=(dict(name='./no/such/folder'), ['./no/such/folder', 'tiny']), a_file=(dict(name=__file__), ['test_bad_inputs.py', 'tiny']), judge=(dict(name='tiny-clip'), ['tiny-clip', 'load_clip()']), captioner=(dict(name='tiny-captioner'), ['tiny-captioner', 'forgedit']),
     device=(dict(device='gpu'), ["device 'gpu'", "'cuda'"]), device_number=(dict(device=1.5), ['device', 'cuda']), dtype_text=(dict(dtype='float16'), ['dtype must be', 'torch.float32']), dtype_int=(dict(dtype=torch.int8), ['dtype must be', 'torch.float32']))
 
 @pytest.mark.parametrize('kind', LOADS)

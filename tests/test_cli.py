@@ -7,7 +7,7 @@ from diffedit_lab.bench import MEANING, all_methods
 from diffedit_lab.cli import main
 from diffedit_lab.scenes import scene
 
-COMMANDS = 'demo', 'edit', 'quality', 'methods'
+COMMANDS = 'demo', 'edit', 'quality', 'style-csv', 'methods'
 QUICK = '--steps', '5', '--set', 'n=2'
 
 @pytest.fixture
@@ -35,6 +35,18 @@ def test_installed_command():
     if not exe.exists(): pytest.skip('the package is not installed in this environment')
     r = subprocess.run([exe, 'edit', '--image', 'no.png', '--target', 'x'], capture_output=True, text=True, timeout=300)
     assert (r.returncode, r.stdout) == (2, '') and r.stderr.count('\n') == 1 and r.stderr.startswith('diffedit-lab: image ')
+
+def test_style_csv(horse, tmp_path, monkeypatch, capsys):
+    "A row that cannot be done says why and the others are done; the second run makes nothing again."
+    monkeypatch.chdir(tmp_path); table = tmp_path/'edits.csv'
+    head = ',case_number,prompt,image_path,target,blend_word,eq_params,tau_v,tau_c,tau_s,tau_u,edit_type'
+    table.write_text('\n'.join([head, '0,0,a horse on grass,horse.png,a zebra on grass,,,[.5],[.6],[.8],[.5],Replacement', '1,1,a horse on grass,lost.png,a zebra on grass,,,,,,,']))
+    command = ['style-csv', str(table), '--set', 'steps=3', '--set', 'inner=2']
+    assert main(command) == 2
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0].startswith('case 0  edited: ') and 'lost.png' in out.splitlines()[1] and err.count('\n') == 1 and '1 of 2 rows failed' in err
+    made = Path(out.splitlines()[0].split(': ', 1)[1]); assert Image.open(made).size == (128,128)
+    assert main([*command, '--end-case', '1']) == 0 and capsys.readouterr().out.startswith('case 0  there: ')
 
 def test_methods(capsys):
     assert main(['methods']) == 0

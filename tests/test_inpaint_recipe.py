@@ -10,7 +10,7 @@ from diffedit_lab.model import load
 from diffedit_lab.scenes import scene as of
 from diffedit_lab.schedule import gaussian
 from diffedit_lab.train.codec import encode_world, pixels, world
-from diffedit_lab.train.inpaint import MASKS, inpaint_loss, masked_latents, noise_error, random_mask, train_inpaint, widened
+from diffedit_lab.train.inpaint import MASKS, inpaint_loss, masked_latents, noise_error, random_mask, train_inpaint, widen
 from diffedit_lab.train.unet import embed_captions, loss_weight, new_unet, save_pipeline
 
 QUICK = dict(scenes=16, batch=4, check=1, device='cpu')
@@ -51,19 +51,19 @@ def test_only_four_channels_begin(made):
 
 @pytest.mark.parametrize('channels', [8,9])
 def test_new_channels_begin_at_zero(model, channels):
-    net = widened(model.unet, channels); nine = replace(model, unet=net)
+    net = widen(model.unet, channels); nine = replace(model, unet=net)
     z, c = gaussian((2,4,32,32)), model.embed(['a horse on grass','at night'])
     with torch.no_grad():
         old = model.eps(z, 700, c, 3.)
         new = [nine.eps(z, 700, c, 3., extra=x) for x in (torch.zeros(1,channels-4,32,32), gaussian((1,channels-4,32,32), 1))]
     assert torch.equal(*new) and (old-new[0]).abs().max() < 1e-4
-    assert all(p.requires_grad for p in net.parameters()) and net.conv_in.weight is not model.unet.conv_in.weight
+    assert net.conv_in.weight is not model.unet.conv_in.weight
     assert model.unet.config.in_channels == 4 and net.config.in_channels == channels
 
 def test_widening_half_precision_and_narrowing(model):
     half = UNet2DConditionModel.from_config(new_unet((8,8,8)).config).half()
-    assert widened(half, 9).dtype == torch.float32
-    with pytest.raises(ValueError, match='^channels must be more'): widened(half, 4)
+    assert widen(half, 9).dtype == torch.float16
+    with pytest.raises(ValueError, match='^channels must be more'): widen(half, 4)
 
 # -- masks
 
@@ -103,6 +103,6 @@ def test_batches_repeat(model):
     "The same step draws the same batch, and the global generators are left alone."
     captions, pictures = world(6)
     loss = inpaint_loss(model, pictures, encode_world(model.vae, pictures), embed_captions(model, captions), model.embed('')[0], batch=4)
-    net = widened(new_unet((8,8,8)), 9); before = np.random.get_state()[1].tolist(), torch.get_rng_state()
+    net = widen(new_unet((8,8,8)), 9); before = np.random.get_state()[1].tolist(), torch.get_rng_state()
     with torch.no_grad(): a, b, other = (loss(net, np.random.default_rng(k)).item() for k in (1,1,2))
     assert a == b != other and np.random.get_state()[1].tolist() == before[0] and torch.equal(torch.get_rng_state(), before[1])

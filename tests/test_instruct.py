@@ -14,7 +14,8 @@ from diffedit_lab.model import Model
 from diffedit_lab.scenes import HELD_OUT, KINDS, PAINTED
 from diffedit_lab.schedule import gaussian, noised
 from diffedit_lab.train.codec import encode_world, fresh, world
-from diffedit_lab.train.instruct import Student, conditions, dropped, exact_pairs, folder_pairs, mixed, obeyed, train_instruct, wide_conv, widen
+from diffedit_lab.train.inpaint import wide_conv, widen
+from diffedit_lab.train.instruct import Student, conditions, dropped, exact_pairs, folder_pairs, mixed, obeyed, train_instruct
 from diffedit_lab.train.unet import new_unet, save_pipeline
 from test_models import make, onto_cpu
 
@@ -28,7 +29,7 @@ def narrow(model):
 @pytest.fixture(scope='module')
 def small(narrow):
     "Widened, and with weights for the picture."
-    unet = widen(narrow.unet)
+    unet = widen(narrow.unet, 8)
     with torch.no_grad(): unet.conv_in.weight[:,4:] = .1*gaussian(unet.conv_in.weight[:,4:].shape)
     return replace(narrow, unet=unet, rows=0)
 
@@ -142,12 +143,12 @@ def test_an_interrupted_download_is_named(tmp_path, small):
 
 @torch.no_grad()
 def test_widened_network_says_the_same(narrow):
-    rng = torch.get_rng_state(); wide = widen(narrow.unet)
+    rng = torch.get_rng_state(); wide = widen(narrow.unet, 8)
     z, p, c = gaussian((2,4,16,16)), gaussian((2,4,16,16), 1), gaussian((2,7,96), 2)
     assert torch.allclose(wide(torch.cat([z,p],1), 7, c).sample, narrow.unet(z, 7, c).sample, atol=1e-5)
     assert wide.config.in_channels==8 and narrow.unet.config.in_channels==4 and torch.equal(rng, torch.get_rng_state())
-    assert torch.equal(wide_conv(narrow.unet.conv_in).bias, narrow.unet.conv_in.bias)
-    with pytest.raises(ValueError, match='^unet: it has 8 input channels already'): widen(wide)
+    assert torch.equal(wide_conv(narrow.unet.conv_in, 8).bias, narrow.unet.conv_in.bias)
+    with pytest.raises(ValueError, match='^channels must be more than the 8'): widen(wide, 8)
 
 @pytest.mark.parametrize('q', [.05, .1, .3])
 def test_dropout_partition(q):

@@ -14,7 +14,7 @@ from diffedit_lab import embedded, load, paste
 from diffedit_lab.masks import find_heat, noise_draws
 from diffedit_lab.methods.diffedit import slow_mask, three_rows
 from diffedit_lab.schedule import gaussian, path
-from diffedit_lab.train.instruct import widen
+from diffedit_lab.train.inpaint import widen
 
 def _methods():
     "Name -> public function, for everything that `@editor` made in `diffedit_lab.methods`."

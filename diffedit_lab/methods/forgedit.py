@@ -30,7 +30,7 @@ def load_captioner(name='tiny-captioner' # the embedded captioner, a folder with
     folder = _MODELS/name if (_MODELS/name).is_dir() else Path(name) if Path(name).is_dir() else _fetch(name, ('*.json','*.txt','model.safetensors')) if '/' in name else None
     if folder is None: raise FileNotFoundError(f'no captioner {name!r}')
     with _quiet(): net, look = _part(BlipForConditionalGeneration, folder).eval(), BlipProcessor.from_pretrained(folder, local_files_only=True)
-    return lambda image: look.decode(net.generate(**look(image, return_tensors='pt'))[0], skip_special_tokens=True).strip()
+    return lambda image: look.decode(net.generate(**look(image, return_tensors='pt'), max_new_tokens=30)[0], skip_special_tokens=True).strip()
 
 def caption(model,          # what load() returns
             image,          # the picture

@@ -446,15 +446,15 @@ def carry(
     model, # what `load` returns
     texts:list, # the source, then its targets: one for each row of the walk
     steps:int, # steps of the walk, one UNet call each
-    *, edit:str='auto', # see `carried_maps`
-    factors=None, # see `carried_maps`
-    cross=.8, # share of the steps that carry cross-attention over; see `cross_window`
-    self_=.4, # share of the steps that carry self-attention over; see `window`
-    empty=0, # share of the steps that do so in the rows of the empty prompt
+    *, edit:str='auto', # 'replace' words, 'refine' the text, or 'auto': whichever fits the texts; see `carried_maps`
+    factors=None, # word -> factor for its attention, such as {'striped': 3}; a list: one dict for each target
+    cross=.8, # share of the steps that keep cross-attention, or a span (from, to), or a dict word -> such; see `cross_window`
+    self_=.4, # share of the steps that keep self-attention, or a span; more keeps more of the shape; see `window`
+    empty=0, # share of the steps that keep both in the rows of the empty prompt
     max_spots:int=None, # see `inject`
-    blend=None, # words outside of which nothing may change; for all texts, or a list for each. None: no local blend
+    blend=None, # words: only where they are may the picture change; for all texts, or a list for each. None: everywhere
     subtract=None, # words to take out of that again
-    threshold=.3, # cut of the blend, or (of the blend, of what is subtracted)
+    threshold=.3, # cut of the words' heat, in [0, 1], lower = more may change; or two: for blend, for subtract
     start=.2, # share of the steps before the blend begins
     as_published:bool=False, # all quirks of the parts
 ): # a block for `with`; yields a `Blend`, the `mix` of the walk

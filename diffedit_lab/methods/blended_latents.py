@@ -49,8 +49,7 @@ def put_back(schedule,         # the noise levels
     step = {t: k for k,t in enumerate(times[-2::-1])}
     def mix(t, y):
         k = step[t]; level = times[-1-k] if as_published else t
-        behind = z if level==CLEAN else noised(z, noises[k], schedule[level])
-        return masks[k]*y + (1-masks[k])*behind
+        return masks[k]*y + (1-masks[k])*picture_at(schedule, z, noises[k], level)
     return mix
 
 # %% ../../nbs/13_blended_latents.ipynb #c020

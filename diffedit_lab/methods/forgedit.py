@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STRATEGIES', 'DREAMBOOTH_STRATEGIES', 'load_captioner', 'caption', 'trained_names', 'forgedit_fit', 'vs', 'vp',
-           'Strategy', 'forget_names', 'forgedit', 'sweep', 'dreambooth_fit', 'dreambooth_forgedit', 'suggest',
-           'published']
+           'Strategy', 'forget_names', 'draw_learned', 'forgedit', 'sweep', 'dreambooth_fit', 'dreambooth_forgedit',
+           'suggest', 'published']
 
 # %% ../../nbs/19_forgedit.ipynb #c004
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 import torch, torch.nn.functional as F
+from fastcore.meta import delegates
 from ..images import *
 from ..schedule import *
 from ..result import *
@@ -118,6 +119,29 @@ def _mixtures(source, target, interpolation, gamma, alpha, beta):
     told = [dict(gamma=g) for g in several(gamma)] if interpolation=='vs' else [dict(alpha=a, beta=b) for a,b in product(several(alpha), several(beta))]
     return torch.cat([(vs if interpolation=='vs' else vp)(source, target, **words) for words in told]), told
 
+def draw_learned(model,               # what load() returns
+                 shape,               # [1, 4, h, w] of the latents
+                 fitted:Fitted,       # what was learned, with its caption
+                 target:str,          # the wish
+                 *, forget:str='donotforget', # what the UNet forgets before drawing, one of `strategies`
+                 degree:float=0.,     # share of the learning that forgotten tensors keep
+                 interpolation:str='vs', # 'vs' (gamma) or 'vp' (alpha, beta)
+                 gamma=1.,            # vs: 0 = the picture, 1 = the wish, more = beyond; a list draws one picture for each
+                 alpha=1.,            # vp: how much of the picture; a number or a list
+                 beta=1.2,            # vp: how much of the wish; a number or a list
+                 strategies:dict=STRATEGIES, # the known ones
+                 guidance:float=7.5,  # guidance scale
+                 steps:int=50,        # levels of the path
+                 seed:int=0           # draws the noise
+                )->Draft:             # a picture for each combination of the strengths
+    "Forget, mix the two texts, draw (Forgedit, sections 3.2 and 3.3). `2 * steps` UNet rows a picture."
+    learned = part(fitted.tensors, 'unet'); gone = set(forget_names(learned, forget, strategies))
+    with wearing(model.text_encoder, part(fitted.tensors, 'text_encoder')), wearing(model.unet, learned, lambda name: degree if name in gone else 1.):
+        texts = model.embed([fitted.facts['source'], target]).float()
+        source = fitted.tensors.get('embedding', texts[:1]).to(texts) # Forgedit learns it, the DreamBooth form learns to read it
+        c, told = _mixtures(source, texts[1:], interpolation, gamma, alpha, beta)
+        return Draft(generate(model, shape, c, steps, guidance, seed), fitted=fitted, told=told)
+
 _try = numbers(-10, 10)
 _checks = dict(gamma=_try, alpha=_try, beta=_try, interpolation=(lambda x: x in ('vs','vp'), "'vs' or 'vp'"), degree=(between(0,1), 'in [0, 1]'),
                updates=(whole(1), 'an integer of at least 1'), batch=(whole(1), 'an integer of at least 1'), micro=(whole(1), 'an integer of at least 1'),
@@ -125,37 +149,28 @@ _checks = dict(gamma=_try, alpha=_try, beta=_try, interpolation=(lambda x: x in 
 
 # %% ../../nbs/19_forgedit.ipynb #c028
 @editor(checks=_checks | dict(forget=(lambda x: x in STRATEGIES, _known(STRATEGIES))))
+@delegates(draw_learned, but='strategies')
 def forgedit(model,               # what load() returns
              image,               # the picture: path, URL, PIL, array
              *, target,           # what it should show
              source:str=None,     # what it shows; None asks the captioner
              captioner=None,      # a function picture -> text, or the name of a BLIP model
-             forget:str='donotforget', # what to forget before drawing, one of STRATEGIES
-             degree:float=0.,     # share of the learning that forgotten tensors keep
-             interpolation:str='vs', # 'vs' (gamma) or 'vp' (alpha, beta)
-             gamma=1.,            # vs: 0 = the picture, 1 = the wish, more = beyond; a list draws one picture for each
-             alpha=1.,            # vp: how much of the picture; a number or a list
-             beta=1.2,            # vp: how much of the wish; a number or a list
              updates:int=40,      # steps of learning
              batch:int=10,        # rows a step
              unet_lr:float=6e-5,  # at Stable Diffusion's width, see `rate`
              embedding_lr:float=1e-3, # likewise
              micro:int=2,         # rows at a time in learning
-             guidance:float=7.5,  # guidance scale
-             steps:int=50,        # levels of the path
              seed:int=0,          # draws the noise of learning and of drawing
-             fitted=None          # `fitted` of an earlier edit of this picture, or its path: nothing is learned anew
-            )->Edit:
+             fitted=None,         # `fitted` of an earlier edit of this picture, or its path: nothing is learned anew
+             **kwargs             # forget, degree, interpolation, gamma, alpha, beta, guidance, steps: words of `draw_learned`
+            )->Edit:              # of the first strength; its `variants` are all of them
     "Forgedit (Zhang, Xiao and Huang 2023). `updates * batch` UNet rows to learn, `2 * steps` for each picture."
     z = model.encode(image)
     if fitted is None:
         source = caption(model, image, target, captioner) if source is None else source
         tensors, losses = forgedit_fit(model, z, source, batches(z.shape, batch, seed), updates, *rates(model, unet_lr, embedding_lr), micro)
         fitted = Fitted('forgedit', model.name, tensors, dict(source=source, losses=losses, updates=updates, batch=batch, unet_lr=unet_lr, embedding_lr=embedding_lr, seed=seed))
-    learned = part(fitted.tensors, 'unet'); gone = set(forget_names(learned, forget))
-    c, told = _mixtures(fitted.tensors['embedding'].to(z), model.embed(target).to(z), interpolation, gamma, alpha, beta)
-    with wearing(model.unet, learned, lambda name: degree if name in gone else 1.): z = generate(model, z.shape, c, steps, guidance, seed)
-    return Draft(z, fitted=fitted, told=told)
+    return draw_learned(model, z.shape, fitted, target, seed=seed, **kwargs)
 
 # %% ../../nbs/19_forgedit.ipynb #c035
 def sweep(edit:Edit # of `forgedit` or `dreambooth_forgedit`, made with lists of gamma, or of alpha and beta
@@ -187,39 +202,28 @@ def dreambooth_fit(model,            # what load() returns
 
 # %% ../../nbs/19_forgedit.ipynb #c047
 @editor(checks=_checks | dict(forget=(lambda x: x in DREAMBOOTH_STRATEGIES, _known(DREAMBOOTH_STRATEGIES))))
+@delegates(draw_learned, but='strategies')
 def dreambooth_forgedit(model,           # what load() returns
              image,               # the picture: path, URL, PIL, array
              *, target,           # what it should show
              source:str=None,     # what it shows; None asks the captioner
              captioner=None,      # a function picture -> text, or the name of a BLIP model
-             forget:str='donotforget', # what the UNet forgets before drawing, one of DREAMBOOTH_STRATEGIES
-             degree:float=0.,     # share of the learning that forgotten tensors keep
-             interpolation:str='vs', # 'vs' (gamma) or 'vp' (alpha, beta)
-             gamma=1.,            # vs: 0 = the picture, 1 = the wish, more = beyond; a list draws one picture for each
-             alpha=1.,            # vp: how much of the picture; a number or a list
-             beta=1.2,            # vp: how much of the wish; a number or a list
              updates:int=100,     # steps of learning
              batch:int=4,         # rows a step
              unet_lr:float=5e-6,  # at Stable Diffusion's width, see `rate`
              text_lr:float=5e-6,  # likewise
              micro:int=2,         # rows at a time in learning
-             guidance:float=7.5,  # guidance scale
-             steps:int=50,        # levels of the path
              seed:int=0,          # draws the noise of learning and of drawing
-             fitted=None          # `fitted` of an earlier edit of this picture, or its path: nothing is learned anew
-            )->Edit:
+             fitted=None,         # `fitted` of an earlier edit of this picture, or its path: nothing is learned anew
+             **kwargs             # forget, degree, interpolation, gamma, alpha, beta, guidance, steps: words of `draw_learned`
+            )->Edit:              # of the first strength; its `variants` are all of them
     "DreamBoothForgedit (Zhang, Xiao and Huang 2023). `updates * batch` UNet rows to learn, `2 * steps` for each picture."
     z = model.encode(image)
     if fitted is None:
         source = caption(model, image, target, captioner) if source is None else source
         tensors, losses = dreambooth_fit(model, z, source, batches(z.shape, batch, seed), updates, *rates(model, unet_lr, text_lr), micro)
         fitted = Fitted('dreambooth_forgedit', model.name, tensors, dict(source=source, losses=losses, updates=updates, batch=batch, unet_lr=unet_lr, text_lr=text_lr, seed=seed))
-    learned = part(fitted.tensors, 'unet'); gone = set(forget_names(learned, forget, DREAMBOOTH_STRATEGIES))
-    with wearing(model.text_encoder, part(fitted.tensors, 'text_encoder')), wearing(model.unet, learned, lambda name: degree if name in gone else 1.):
-        texts = model.embed([fitted.facts['source'], target]).to(z)
-        c, told = _mixtures(*texts.split(1), interpolation, gamma, alpha, beta)
-        z = generate(model, z.shape, c, steps, guidance, seed)
-    return Draft(z, fitted=fitted, told=told)
+    return draw_learned(model, z.shape, fitted, target, strategies=DREAMBOOTH_STRATEGIES, seed=seed, **kwargs)
 
 # %% ../../nbs/19_forgedit.ipynb #c050
 _SUGGESTED = {'encoderattn': 'facing pose action place number', 'noencoder': 'remove', 'decoderattn': 'object pair identity colour', 'decoderattn+decoder2': 'texture material', 'donotforget': 'style background'}

@@ -7,6 +7,7 @@ __all__ = ['fit_null_text', 'learn_null_text', 'null_text']
 
 # %% ../../nbs/16_null_text.ipynb #c004
 import torch
+from fastcore.meta import delegates
 from ..schedule import *
 from ..loops import *
 from ..attention import *
@@ -56,28 +57,22 @@ def learn_null_text(model,           # what load() returns
     return Fitted('null_text', model.name, {k: x.cpu() for k,x in tensors.items()}, dict(source=source, guidance=guidance, steps=len(times)-1, losses=[[l for l, in losses] for *_,losses in film]))
 
 @editor(checks=CARRY | dict(source=CHECKS['target'], iterations=(whole(0, 1000), 'an integer from 0 to 1000')))
+@delegates(carry, but=['empty','max_spots'])
 def null_text(model,             # what load() returns
               image,             # the picture: path, URL, PIL, array
               *, source,         # what it shows
               target,            # what it should show; several texts give several edits; the source itself reconstructs
               fitted=None,       # the `fitted` of an earlier edit of this picture, or the path it was saved to; None learns it
               iterations:int=10, # of Adam, at most, for each step; 0 leaves the empty prompt as it is
-              edit:str='auto',   # 'replace' words, 'refine' the text, or 'auto': whichever fits the two texts
-              factors=None,      # word -> factor for its attention, such as {'striped': 3}; a list: one dict for each target
-              cross=.8,          # share of the steps that keep cross-attention, or a span (from, to), or a dict word -> such
-              self_=.4,          # share of the steps that keep self-attention, or a span; more keeps more of the shape
-              blend=None,        # words: only where they are may the picture change. None: everywhere
-              subtract=None,     # words to take out of that again
-              threshold:float=.3, # cut of the words' heat, in [0, 1]; lower = more may change
-              start=.2,          # share of the steps before the blend begins
               guidance:float=7.5, # guidance scale of the way down
               steps:int=50,      # levels of the path
-              as_published:bool=False # the quirks of the original code
-             )->Edit:
+              as_published:bool=False, # the quirks of the original code
+              **kwargs           # edit, factors, cross, self_, blend, subtract, threshold, start: words of `carry`
+             )->Edit:             # of the first target; its `variants` are all of them
     "Null-text inversion (Mokady et al. 2023), then Prompt-to-Prompt. `steps*(3+iterations)` UNet rows at most to learn, and `2*(n+1)*steps` for n targets."
     targets = [target] if isinstance(target, str) else list(target)
     z, times, texts = model.encode(image), path(model.schedule, steps), [source, *targets]
-    block = carry(model, texts, steps, edit=edit, factors=factors, cross=cross, self_=self_, blend=blend, subtract=subtract, threshold=threshold, start=start, as_published=as_published)
+    block = carry(model, texts, steps, as_published=as_published, **kwargs)
     if fitted is None: fitted = learn_null_text(model, z, source, times, guidance, iterations, as_published)
     for k,x in dict(source=source, guidance=guidance, steps=steps).items():
         if fitted.facts[k]!=x: raise ValueError(f'{k} must be {fitted.facts[k]!r}, as fitted was learned with, got {x!r}: or leave fitted out to learn anew')

@@ -35,28 +35,22 @@ def _drew(model, z, image, seed):
         raise ValueError(f'drawn={seed}: with this seed, source, steps and guidance the model draws another picture; leave drawn out for a picture that is given')
 
 @editor(checks=CARRY | dict(drawn=(whole(0), 'the seed that the model drew this picture with')))
+@delegates(carry, but=['empty','max_spots'])
 def prompt_to_prompt(model,             # what load() returns
                      image,             # the picture: path, URL, PIL, array
                      *, source,         # what it shows
                      target,            # what it should show; several texts give several edits
-                     edit:str='auto',   # 'replace' words, 'refine' the text, or 'auto': whichever fits the two texts
-                     factors=None,      # word -> factor for its attention, such as {'striped': 3}; a list: one dict for each target
-                     cross=.8,          # share of the steps that keep cross-attention, or a span (from, to), or a dict word -> such
-                     self_=.4,          # share of the steps that keep self-attention, or a span; more keeps more of the shape
-                     blend=None,        # words: only where they are may the picture change. None: everywhere
-                     subtract=None,     # words to take out of that again
-                     threshold:float=.3, # cut of the words' heat, in [0, 1]; lower = more may change
-                     start=.2,          # share of the steps before the blend begins
                      guidance:float=7.5, # guidance scale of the way down
                      steps:int=50,      # levels of the path
                      negative:str='',   # what to walk away from
                      drawn:int=None,    # the seed, if the model itself drew this picture from `source`; None: its noise is found by inversion
-                     as_published:bool=False # the quirks of the original code; the source row drifts
-                    )->Edit:
+                     as_published:bool=False, # the quirks of the original code; the source row drifts
+                     **kwargs           # edit, factors, cross, self_, blend, subtract, threshold, start: words of `carry`
+                    )->Edit:             # of the first target; its `variants` are all of them
     "Prompt-to-Prompt (Hertz et al. 2023). For n targets `steps + 2*(n+1)*steps` UNet rows, without the first where the picture was drawn."
     targets = [target] if isinstance(target, str) else list(target)
     z, times, texts = model.encode(image), path(model.schedule, steps), [source, *targets]
-    block = carry(model, texts, steps, edit=edit, factors=factors, cross=cross, self_=self_, blend=blend, subtract=subtract, threshold=threshold, start=start, as_published=as_published)
+    block = carry(model, texts, steps, as_published=as_published, **kwargs)
     c, top = model.embed(texts), times[-1]
     up = {top: gaussian(z.shape, drawn).to(z)} if drawn is not None else invert(model, z, times, c[:1])
     z, seen = walk_together(model, block, {top: up[top]} if as_published else up, c, times, guidance, model.embed(negative))

@@ -40,7 +40,7 @@ def repaint_walk(model,            # what load() returns
     rng, level = torch.Generator().manual_seed(seed), {k: model.schedule[t] for k,t in enumerate(times, -1)}
     draw = lambda: torch.randn(z.shape, generator=rng).to(z)
     x0, noise = z, draw(); x = noised(z, noise, level[way[0]])
-    def keep(t, x): return mask*x + (1-mask)*(z if t==CLEAN else noised(z, noise, model.schedule[t]))
+    def keep(t, x): return mask*x + (1-mask)*picture_at(model.schedule, z, noise, t)
     for k,l in zip(way, way[1:]):
         if l<k: _,x,x0 = next(walk(model, x, c, (times[k+1],times[l+1]), guidance, negative=negative, mix=keep))
         else:

@@ -9,6 +9,7 @@ __all__ = ['PUBLISHED_CLIP', 'image_tokens', 'new_mapping', 'mapped', 'restyle',
 # %% ../../nbs/17_style_diffusion.ipynb #c004
 import math
 import torch, torch.nn.functional as F
+from fastcore.meta import delegates
 from ..schedule import *
 from ..result import *
 from ..model import *
@@ -189,6 +190,7 @@ _CHECKS = CARRY | dict(tau_v=CARRY['start'], tau_c=CARRY['cross'], tau_s=CARRY['
                         regularise=(between(0,math.inf), 'a number of at least 0'), film=(lambda x: isinstance(x,bool), 'True or False'))
 
 @editor(checks=_CHECKS)
+@delegates(carry, but=['cross','self_','empty','max_spots'])
 def style_diffusion(model,               # what load() returns
                     image,               # the picture: path, URL, PIL, array
                     *, source:str,       # what it shows; one word will do
@@ -198,12 +200,6 @@ def style_diffusion(model,               # what load() returns
                     tau_c=.6,            # share that carries cross-attention over; or a dict word -> share, 'default_' for the others
                     tau_s=.6,            # share that carries self-attention over
                     tau_u=0.,            # the same for the rows of the empty prompt (P2Plus)
-                    edit:str='auto',     # 'replace' words, 'refine' the text, or 'auto': whichever fits the two texts
-                    factors=None,        # word of the target -> factor of its attention; a list: one dict for each target
-                    blend=None,          # words: only where they are may the picture change. None: everywhere
-                    subtract=None,       # words to take out of that again
-                    threshold:float=.3,  # cut of the words' heat, in [0, 1]; lower = more may change
-                    start=.2,            # share of the steps before the blend begins
                     steps:int=30,        # levels of the path
                     guidance:float=7.5,  # guidance scale
                     inner:int=100,       # iterations of the first step; later ones have fewer
@@ -211,18 +207,19 @@ def style_diffusion(model,               # what load() returns
                     film:bool=True,      # scale and shift the text's values; False puts others in their place
                     clip=None,           # what load_clip() returns, or its name; None: the one of the model's family
                     seed:int=0,          # draws the networks' first weights
-                    as_published:bool=False # learned values by place, and the quirks of Prompt-to-Prompt's code
-                   )->Edit:
+                    as_published:bool=False, # learned values by place, and the quirks of Prompt-to-Prompt's code
+                    **kwargs             # edit, factors, blend, subtract, threshold, start: words of `carry`
+                   )->Edit:               # of the first target; its `variants` are all of them
     "StyleDiffusion (Li et al. 2023). To learn: `3*steps` UNet rows and one for every iteration; to edit: `2*steps` for each text."
     targets = [] if target is None else [target] if isinstance(target,str) else list(target)
     texts, times = [source, *targets], path(model.schedule, steps)
-    block = carry(model, texts, steps, edit=edit, factors=factors, cross=tau_c, self_=tau_s, empty=tau_u, blend=blend, subtract=subtract, threshold=threshold, start=start, as_published=as_published)
+    block = carry(model, texts, steps, cross=tau_c, self_=tau_s, empty=tau_u, as_published=as_published, **kwargs)
     span = (0, math.ceil(steps*tau_v)) if as_published else window(steps, tau_v) # the only window of the code that rounds up
     if fitted is None: fitted = fit_picture(model, image, source, clip=clip, steps=steps, guidance=guidance, inner=inner, regularise=regularise, film=film, seed=seed)
     for k,v in dict(source=source, steps=steps, guidance=guidance).items():
         if fitted.facts[k]!=v: raise ValueError(f'{k} must be {fitted.facts[k]!r}, as fitted was learned with, got {v!r}: change it, or leave fitted out to learn anew')
     p = {k: x.to(model.device) for k,x in fitted.tensors.items()}
-    v = text_values(model, texts, mapped(p, p['features']), edit, as_published)
+    v = text_values(model, texts, mapped(p, p['features']), kwargs['edit'], as_published)
     with block as seen, edit_attention(model, values=style_values(v, span)):
         z = denoise(model, p['top'].expand(len(texts),-1,-1,-1), model.embed(texts), times, guidance, mix=seen)
     return Draft(z[1:] if targets else z, *seen.found(), fitted=fitted, told=[dict(target=o) for o in targets] or None)

@@ -6,11 +6,12 @@
 __all__ = ['MEANING', 'all_methods', 'true_edit', 'Comparison', 'compare', 'generate', 'reconstruct', 'quality', 'table']
 
 # %% ../nbs/31_bench.ipynb #c004
-import base64, html, inspect, io, pkgutil
+import base64, csv, html, inspect, io, pkgutil
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 import numpy as np, torch
 from PIL import Image
 from tqdm.auto import tqdm
@@ -59,24 +60,50 @@ def _thumbs(*images, height=112):
     b = io.BytesIO(); strip(*images, height=height).save(b, 'JPEG', quality=85)
     return f'<img style="max-width:none" src="data:image/jpeg;base64,{base64.b64encode(b.getvalue()).decode()}">'
 
+_SORT = """const r=[...this.closest('table').rows].filter(o=>o.dataset.row),i=this.cellIndex,k=o=>o.cells[i].dataset.by,up=this.dataset.up=this.dataset.up?'':1;
+r.sort((a,b)=>(up?1:-1)*(isNaN(k(a))||isNaN(k(b))?k(a).localeCompare(k(b)):k(a)-k(b))).reverse().forEach(o=>this.parentNode.after(o))""" # a click on a heading sorts, another turns it round
+
+def _sorts(x): return '-1' if x is None else 'Infinity' if x==float('inf') else str(x) # what a click sorts by
+def _said(x): return '-' if x is None else 'exact' if x==float('inf') else f'{x:.1f}' if isinstance(x, float) else str(x)
+
 @dataclass(repr=False, eq=False)
 class Comparison:
     "Several edits of one picture, and what is to be said about each."
     edits:list        # of Edit
-    facts:list        # a dict for each edit, the columns of the table
+    facts:list        # a dict for each edit, the columns of the table: names and numbers
     source:Image.Image # what was given
     answer:Image.Image=None # the true edit, where it is known
     note:str=''       # what the numbers mean here
 
-    def __repr__(self): return _markdown(list(self.facts[0]), [f.values() for f in self.facts])+f'\n{self.note}'
+    def __repr__(self): return _markdown(list(self.facts[0]), [map(_said, f.values()) for f in self.facts])+f'\n{self.note}'
     def _repr_html_(self):
-        cells = lambda tag, os: ''.join(f'<{tag} style="text-align:left">{o}</{tag}>' for o in os)
-        pics = [_thumbs(e.source_image if e.mask is None else overlay(e.source_image, e.mask), e.image) for e in self.edits]
-        rows = [cells('td', [p, *(html.escape(str(v)) for v in f.values())]) for p,f in zip(pics, self.facts)]
-        given = _thumbs(self.source, *([self.answer] if self.answer else []))
-        words = 'the source'+(' and the true edit' if self.answer else '')
-        return (f'<table><tr>{cells("th", ["mask and result", *map(html.escape, self.facts[0])])}</tr>{"".join(f"<tr>{r}</tr>" for r in rows)}'
-                f'<tr>{cells("td", [given])}<td style="text-align:left" colspan="{len(self.facts[0])}">{words}</td></tr></table><div>{html.escape(self.note)}</div>')
+        left = 'style="text-align:left"'
+        def row(e, f): # pictures, then facts, each with the value it is sorted by
+            cells = ''.join(f'<td {left} data-by="{html.escape(_sorts(v))}">{html.escape(_said(v))}</td>' for v in f.values())
+            return f'<tr data-row="1"><td>{_thumbs(e.source_image if e.mask is None else overlay(e.source_image, e.mask), e.image)}</td>{cells}</tr>'
+        heads = ''.join(f'<th style="text-align:left;cursor:pointer" title="click to sort" onclick="{html.escape(_SORT)}">{html.escape(k)}</th>' for k in self.facts[0])
+        given = _thumbs(self.source, *([self.answer] if self.answer else [])); words = 'the source'+(' and the true edit' if self.answer else '')
+        return (f'<table><tr><th {left}>mask and result</th>{heads}</tr>{"".join(map(row, self.edits, self.facts))}'
+                f'<tr><td {left}>{given}</td><td {left} colspan="{len(self.facts[0])}">{words}</td></tr></table><div>{html.escape(self.note)}</div>')
+
+    def sort(self, by:str, # a column
+             down:bool=False # the largest first
+            ):             # another Comparison
+        "The same, sorted by a column; what has no number comes last."
+        if by not in self.facts[0]: raise ValueError(f"by must be one of {', '.join(self.facts[0])}, got {by!r}")
+        none = [o for o in zip(self.edits, self.facts) if o[1][by] is None]; some = [o for o in zip(self.edits, self.facts) if o[1][by] is not None]
+        edits, facts = zip(*sorted(some, key=lambda o: o[1][by], reverse=down), *none)
+        return replace(self, edits=list(edits), facts=list(facts))
+
+    def save(self, path): # of an .html file (pictures inside) or a .csv file (numbers alone)
+        "Keep the table in a file."
+        path = Path(path)
+        if path.suffix not in ('.html','.csv'): raise ValueError(f'path must end in .html or .csv, got {str(path)!r}')
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix=='.html': path.write_text(f'<!doctype html><meta charset="utf-8"><title>diffedit_lab: comparison</title><style>body{{font-family:sans-serif}} td,th{{padding:4px 10px}}</style>{self._repr_html_()}\n', encoding='utf-8')
+        else:
+            with path.open('w', newline='', encoding='utf-8') as f: w = csv.DictWriter(f, list(self.facts[0])); w.writeheader(); w.writerows(self.facts)
+        return path
 
 # %% ../nbs/31_bench.ipynb #c019
 def _callable(f):
@@ -96,8 +123,6 @@ def _takes(f, words, s):
     return {k: v for k,v in words.items() if k in ps}
 
 # %% ../nbs/31_bench.ipynb #c021
-def _number(x): return '-' if x is None else 'exact' if x==float('inf') else f'{x:.1f}'
-
 def compare(
     model, # What `load` returns
     image, # A `Scene`, or a picture: anything `open_image` reads
@@ -121,7 +146,7 @@ def compare(
 def _facts(name, e, region, goal):
     "One row of a comparison"
     db = e.paste.get('before') if region is None else background_psnr(e.raw, e.source_image, region) if (as_mask(region, e.source_image.size)==0).any() else None
-    return {'method': name, 'seconds': f'{e.seconds:.1f}', 'UNet rows': e.rows, 'background dB': _number(db)}|({'true edit dB': _number(psnr(e.image, goal))} if goal else {})
+    return {'method': name, 'seconds': e.seconds, 'UNet rows': e.rows, 'background dB': db}|({'true edit dB': psnr(e.image, goal)} if goal else {})
 
 # %% ../nbs/31_bench.ipynb #c028
 def _fit(model): return Fit((SIZE,SIZE), model.area, model.multiple)

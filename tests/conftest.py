@@ -6,7 +6,15 @@ os.environ.setdefault('TQDM_DISABLE', '1')
 
 import pytest, torch
 
-torch.set_num_threads(min(2, int(os.environ.get('OMP_NUM_THREADS') or 2)))
+# `make test` runs as many workers as there are cores, four at most (pytest-xdist); each has its share of the cores.
+THREADS = min(2, int(os.environ.get('OMP_NUM_THREADS') or 2), max(1, (os.cpu_count() or 1) // int(os.environ.get('PYTEST_XDIST_WORKER_COUNT') or 1)))
+torch.set_num_threads(THREADS)
+
+def pytest_collection_modifyitems(config, items):
+    "A file's tests share what is slow to make, so they go to one worker; each notebook goes to any."
+    if not config.pluginmanager.hasplugin('xdist'): return
+    for i in items:
+        if i.originalname != 'test_notebook': i.add_marker(pytest.mark.xdist_group(i.path.stem))
 
 @pytest.fixture(scope='session')
 def model():

@@ -130,3 +130,17 @@ def test_widgets(kind, browser, tmp_path):
             if keep := os.environ.get('DIFFEDIT_LAB_SHOTS'): Path(keep).mkdir(exist_ok=True); page.screenshot(path=f'{keep}/{kind}.png') # to look at
         assert not page.locator('text=Traceback').count() and not errors, errors
         page.close()
+
+def test_a_click_sorts_a_saved_comparison(browser, tmp_path):
+    from PIL import Image
+    from diffedit_lab.bench import Comparison
+    from diffedit_lab.result import Edit
+    im = Image.new('RGB', (16,16)); edit = Edit(im, None, None, im, 'm', {}, 1., 2)
+    facts = [{'method': m, 'seconds': t, 'background dB': d} for m, t, d in (('sdedit', 2., None), ('diffedit', 10., 24.), ('imagic', 9., float('inf')))]
+    page = browser.new_page()
+    page.goto(Comparison([edit]*3, facts, im, note='a note').save(tmp_path/'table.html').as_uri())
+    def names(column): page.click(f'th:text-is("{column}")'); return page.locator('tr[data-row] td:nth-child(2)').all_inner_texts()
+    assert names('seconds') == ['sdedit', 'imagic', 'diffedit'] and names('seconds') == ['diffedit', 'imagic', 'sdedit']
+    assert names('background dB') == ['sdedit', 'diffedit', 'imagic'] and names('method') == ['diffedit', 'imagic', 'sdedit']
+    assert page.locator('tr').last.inner_text().strip() == 'the source'
+    page.close()

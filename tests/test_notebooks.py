@@ -1,9 +1,9 @@
 "Every notebook runs, and everything made from the notebooks is what they make."
 import ast, configparser, filecmp, json, os, re, shutil, subprocess, sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pytest
 from nbdev.config import get_config
+from conftest import THREADS
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(d[0] in '._' for d in p.relative_to(ROOT).parts))
@@ -19,23 +19,9 @@ def run(*cmd, cwd=ROOT, timeout=WHOLE, **env):
     except subprocess.TimeoutExpired as e: return 124, f'{(e.stdout or b"").decode()}\nstopped after {timeout} s'
     return r.returncode, r.stdout
 
-def run_notebook(nb, threads):
-    return run(str(BIN/'nbdev-test'), str(nb), '--n-workers', '0', '--cell-timeout', str(CELL),
-               OMP_NUM_THREADS=str(threads), HF_HUB_OFFLINE='1')
-
-@pytest.fixture(scope='module')
-def runs(request):
-    "The selected notebooks, running side by side, one core or more each."
-    nbs = [i.callspec.params['nb'] for i in request.session.items if 'nb' in getattr(i, 'fixturenames', ())]
-    cores = os.cpu_count() or 1
-    workers = min(cores, 4)
-    pool = ThreadPoolExecutor(workers)
-    yield {nb: pool.submit(run_notebook, nb, cores // workers) for nb in nbs}
-    pool.shutdown(cancel_futures=True)
-
 @pytest.mark.parametrize('nb', NBS, ids=rel)
-def test_notebook(nb, runs):
-    code, out = runs[nb].result()
+def test_notebook(nb):
+    code, out = run(str(BIN/'nbdev-test'), str(nb), '--n-workers', '0', '--cell-timeout', str(CELL), OMP_NUM_THREADS=str(THREADS), HF_HUB_OFFLINE='1')
     assert code == 0, out[-6000:]
 
 # -- made from the notebooks: made again in a copy, and compared

@@ -27,10 +27,11 @@ def mathml(m):
     return convert(html.unescape(m[2]).strip()[2:-2], display='block' if m[1] == 'display' else 'inline')
 
 def finish(page, out):
-    "Links that work from a folder, and no formula left for a script to draw."
+    "Links that work from a folder and lead somewhere, and no formula left for a script to draw."
     s = page.read_text(encoding='utf-8')
     s = re.sub(r'<span class="math (inline|display)">(.*?)</span>', mathml, s, flags=re.S)
     s = re.sub(r'<(link|script)\b[^>]*katex[^>]*>(</script>)?', '', s)
+    s = re.sub(r'<a href="[^"]*#_\w+">(.*?)</a>', r'\1', s)  # nbdev links private names, which have no entry
     s = re.sub(r'href="/(?!/)', f'href="{os.path.relpath(out, page.parent)}/', s)
     page.write_text(s, encoding='utf-8')
 

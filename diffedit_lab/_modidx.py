@@ -82,6 +82,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'diffedit_lab.bench._of_sources': ('bench.html#_of_sources', 'diffedit_lab/bench.py'),
                                     'diffedit_lab.bench._pictures': ('bench.html#_pictures', 'diffedit_lab/bench.py'),
                                     'diffedit_lab.bench._said': ('bench.html#_said', 'diffedit_lab/bench.py'),
+                                    'diffedit_lab.bench._sorts': ('bench.html#_sorts', 'diffedit_lab/bench.py'),
                                     'diffedit_lab.bench._takes': ('bench.html#_takes', 'diffedit_lab/bench.py'),
                                     'diffedit_lab.bench._thumbs': ('bench.html#_thumbs', 'diffedit_lab/bench.py'),
                                     'diffedit_lab.bench._union': ('bench.html#_union', 'diffedit_lab/bench.py'),

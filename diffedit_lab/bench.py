@@ -19,7 +19,7 @@ from .images import *
 from .schedule import *
 from .result import Edit
 from .scenes import *
-from .model import load_clip
+from .model import load_classifier, load_clip
 from .loops import *
 from .methods.diffedit import diffedit
 from .methods.fast_diffedit import fast_diffedit
@@ -61,9 +61,9 @@ def _thumbs(*images, height=112):
     return f'<img style="max-width:none" src="data:image/jpeg;base64,{base64.b64encode(b.getvalue()).decode()}">'
 
 _SORT = """const r=[...this.closest('table').rows].filter(o=>o.dataset.row),i=this.cellIndex,k=o=>o.cells[i].dataset.by,up=this.dataset.up=this.dataset.up?'':1;
-r.sort((a,b)=>(up?1:-1)*(isNaN(k(a))||isNaN(k(b))?k(a).localeCompare(k(b)):k(a)-k(b))).reverse().forEach(o=>this.parentNode.after(o))""" # a click on a heading sorts, another turns it round
+r.sort((a,b)=>!k(a)-!k(b)||(up?1:-1)*(isNaN(k(a))||isNaN(k(b))?k(a).localeCompare(k(b)):k(a)-k(b))).reverse().forEach(o=>this.parentNode.after(o))""" # a click on a heading sorts, another turns it round; what has no number comes last
 
-def _sorts(x): return '-1' if x is None else 'Infinity' if x==float('inf') else str(x) # what a click sorts by
+def _sorts(x): return '' if x is None else 'Infinity' if x==float('inf') else str(x) # what a click sorts by
 def _said(x): return '-' if x is None else 'exact' if x==float('inf') else f'{x:.1f}' if isinstance(x, float) else str(x)
 
 @dataclass(repr=False, eq=False)
@@ -153,11 +153,15 @@ def _fit(model): return Fit((SIZE,SIZE), model.area, model.multiple)
 def _latents(model, images): return torch.cat([model.encode(_fit(model).image(im)) for im in images])
 def _pictures(model, z): return [_fit(model).undo(model.decode(o[None])) for o in z]
 
-def _of_sources(model, clip, cases, seed):
-    "The codec's round trip, and the judge on real pictures"
-    ims = [c.source.image for c in cases]; seen = recognise(clip, ims)
-    return dict(codec_psnr=[psnr(*o) for o in zip(_pictures(model, _latents(model, ims)), ims)],
-                clip_object=[o==c.of for (o,_),c in zip(seen, cases)], clip_background=[b==c.source.background for (_,b),c in zip(seen, cases)])
+def _judged(judges, images, scenes, heads):
+    "Whether each judge names the object and the place of each scene"
+    seen, true = {h: recognise(j, images) for h,j in zip(heads, judges)}, [(s.things[0].name, s.background) for s in scenes]
+    return {f'{h}_{what}': [said[i]==t[i] for said,t in zip(seen[h], true)] for h in heads for i,what in enumerate(('object','background'))}
+
+def _of_sources(model, judges, cases, seed):
+    "The codec's round trip, and the judges on real pictures"
+    ims = [c.source.image for c in cases]
+    return dict(codec_psnr=[psnr(*o) for o in zip(_pictures(model, _latents(model, ims)), ims)])|_judged(judges, ims, [c.source for c in cases], ('clip','second'))
 
 # %% ../nbs/31_bench.ipynb #c031
 def generate(
@@ -173,10 +177,9 @@ def generate(
     z = denoise(model, z, model.embed(texts), path(model.schedule, steps), guidance)
     return [model.decode(o[None]) for o in z]
 
-def _of_drawings(model, clip, cases, seed):
+def _of_drawings(model, judges, cases, seed):
     "Is what the model draws from noise recognised?"
-    seen = recognise(clip, generate(model, [c.answer.caption for c in cases], seed))
-    return dict(gen_object=[o==c.answer.things[0].name for (o,_),c in zip(seen, cases)], gen_background=[b==c.answer.background for (_,b),c in zip(seen, cases)])
+    return _judged(judges, generate(model, [c.answer.caption for c in cases], seed), [c.answer for c in cases], ('gen','second_gen'))
 
 # %% ../nbs/31_bench.ipynb #c034
 def reconstruct(
@@ -188,7 +191,7 @@ def reconstruct(
     up = invert(model, z, path(model.schedule, steps))
     return denoise(model, up[list(up)[-1]], model.embed(''), list(up), 1.)
 
-def _of_inversion(model, clip, cases, seed):
+def _of_inversion(model, judges, cases, seed):
     "Does the inversion come back?"
     z = _latents(model, [c.source.image for c in cases])
     return dict(inversion_psnr=[psnr(*o) for o in zip(_pictures(model, reconstruct(model, z)), _pictures(model, z))])
@@ -196,16 +199,24 @@ def _of_inversion(model, clip, cases, seed):
 # %% ../nbs/31_bench.ipynb #c039
 def _union(c): return np.maximum(c.mask, c.answer.mask)
 
-def _of_edits(model, clip, cases, seed):
+def _of_edits(model, judges, cases, seed):
     "DiffEdit and the mask of FastDiffEdit, on one case after the other"
-    out = dict(diffedit_iou=[], fast_diffedit_iou=[], swap_success=[], swap_background_psnr=[])
+    out = dict(diffedit_iou=[], fast_diffedit_iou=[], swap_success=[], second_swap_success=[], swap_background_psnr=[])
     for k,c in enumerate(cases):
         words = dict(source=c.source.caption, target=c.answer.caption, seed=seed+k)
         e = diffedit(model, c.source, **words)
         m = fast_diffedit(model, c.source, strength=0., steps=1, **words).mask # the mask alone: no redrawing
-        found = recognise(clip, e)[0][0]==c.answer.things[0].name
-        for key,v in zip(out, (mask_iou(c.mask, e.mask), mask_iou(c.mask, m), found, background_psnr(e.raw, c.source, _union(c)))): out[key].append(v)
+        found = (recognise(j, e)[0][0]==c.answer.things[0].name for j in judges)
+        for key,v in zip(out, (mask_iou(c.mask, e.mask), mask_iou(c.mask, m), *found, background_psnr(e.raw, c.source, _union(c)))): out[key].append(v)
     return out
+
+# %% ../nbs/31_bench.ipynb #c442
+def _of_pairs(model, judges, cases, seed):
+    "Are both objects drawn, and is the named one of two found?"
+    seen = recognise(judges[1], generate(model, [c.source.caption for c in cases], seed), things=2)
+    def found(c, seed): return diffedit(model, c.source, source=c.source.caption, target=c.answer.caption, strength=0., seed=seed).mask # the mask alone
+    return dict(gen_pair=[{*s[:2]}=={t.name for t in c.source.things} for s,c in zip(seen, cases)],
+                two_object_iou=[mask_iou(c.mask, found(c, seed+k)) for k,c in enumerate(cases)])
 
 # %% ../nbs/31_bench.ipynb #c046
 @contextmanager
@@ -215,35 +226,37 @@ def _bars(off=True): # True: none; None: only where a terminal shows them
     try: yield
     finally: progress.keywords.clear(); progress.keywords.update(before)
 
-_PARTS = dict(codec=_of_sources, drawing=_of_drawings, inversion=_of_inversion, edits=_of_edits)
+_PARTS = dict(codec=_of_sources, drawing=_of_drawings, inversion=_of_inversion, edits=_of_edits, pairs=_of_pairs)
 
 def quality(
     model, # What `load` returns
     clip=None, # The judge; None takes `load_clip()`
-    cases:int=200, # How many held-out object swaps, 1 to 1000
+    cases:int=200, # How many held-out swaps of each kind (one object; one of two), 1 to 1000
     seed:int=0, # Case i uses seed + i
     batch:int=16, # Pictures drawn and inverted at a time
 )->dict: # name -> number; `MEANING` says what each is
-    "The model and its editing, measured on held-out scenes. Deterministic. Shares are in [0, 1], PSNR in dB, and of all of them more is better."
+    "The model and its editing, measured on held-out scenes. Deterministic. Shares are in [0, 1], PSNR in dB, and of all of them more is better; a name with `_se` is the standard error of the name before it."
     if isinstance(cases, bool) or not isinstance(cases, int) or not 1<=cases<=1000: raise ValueError(f'cases must be an integer from 1 to 1000, got {cases!r}')
-    clip, todo, marks = clip or load_clip(), heldout(cases), {}
+    judges, marks = (clip or load_clip(), load_classifier()), {}
     with tqdm(total=cases*len(_PARTS), disable=progress.keywords.get('disable', False)) as bar, _bars():
         for name,part in _PARTS.items():
-            bar.set_description(name); size = 1 if part is _of_edits else batch
+            bar.set_description(name); size, todo = 1 if part is _of_edits else batch, heldout(cases, 'pair' if part is _of_pairs else 'object')
             for i in range(0, cases, size):
-                for k,v in part(model, clip, todo[i:i+size], seed+i).items(): marks.setdefault(k, []).extend(v)
+                for k,v in part(model, judges, todo[i:i+size], seed+i).items(): marks.setdefault(k, []).extend(v)
                 bar.update(len(todo[i:i+size]))
-    return {k: float(np.mean(v)) for k,v in marks.items()}|dict(cases=cases)
+    return {k: float(np.mean(v)) for k,v in marks.items()}|dict(cases=cases)|{f'{k}_se': float(np.std(v)/np.sqrt(len(v))) for k,v in marks.items()}
 
 # %% ../nbs/31_bench.ipynb #c048
-MEANING = dict(codec_psnr='the codec there and back, against the picture', clip_object='the judge names the object of a real picture', clip_background='... and its place',
-    gen_object='the judge names the object of a picture drawn from noise', gen_background='... and its place',
+MEANING = dict(codec_psnr='the codec there and back, against the picture',
+    clip_object='CLIP names the object of a real picture', clip_background='... and its place', second_object='the classifier names the object of a real picture', second_background='... and its place',
+    gen_object='CLIP names the object of a picture drawn from noise', gen_background='... and its place', second_gen_object='the classifier names that object', second_gen_background='... and its place',
     inversion_psnr='50 steps up and down, against the codec\'s own picture', diffedit_iou='DiffEdit\'s mask and the true one', fast_diffedit_iou='FastDiffEdit\'s mask and the true one',
-    swap_success='the judge names the new object after DiffEdit', swap_background_psnr='outside the old and the new object, before paste-back', cases='held-out edits') # key of `quality` -> what it measures
+    swap_success='CLIP names the new object after DiffEdit', second_swap_success='the classifier names it', swap_background_psnr='outside the old and the new object, before paste-back',
+    gen_pair='the classifier names both objects of a pair drawn from noise', two_object_iou='DiffEdit\'s mask and the true one of the named object, one of two', cases='held-out edits, as many with one object as with two') # key of `quality` -> what it measures
 
 def table(
     results:dict, # What `quality` returns
 )->str: # Markdown
-    "The numbers as a table, for a terminal or a Markdown page."
-    def value(k, v): return str(v) if k=='cases' else f'{v:.2f} dB' if k.endswith('_psnr') else f'{v:.3f}' if k.endswith('_iou') else f'{100*v:.1f} %'
-    return _markdown(['number', 'value', 'what it measures'], [[k, value(k, v), MEANING.get(k, '')] for k,v in results.items()])
+    "The numbers with their standard errors as a table, for a terminal or a Markdown page."
+    def value(k, v, se): return str(v) if k=='cases' else f'{v:.2f} ± {se:.2f} dB' if k.endswith('_psnr') else f'{v:.3f} ± {se:.3f}' if k.endswith('_iou') else f'{100*v:.1f} ± {100*se:.1f} %'
+    return _markdown(['number', 'value', 'what it measures'], [[k, value(k, v, results.get(f'{k}_se', 0.)), MEANING.get(k, '')] for k,v in results.items() if not k.endswith('_se')])

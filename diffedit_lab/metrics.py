@@ -8,7 +8,7 @@ __all__ = ['psnr', 'ssim', 'background_psnr', 'mask_iou', 'recognise', 'clip_sco
 
 # %% ../nbs/30_metrics.ipynb #c004
 import math
-from itertools import product
+from itertools import combinations
 from weakref import WeakKeyDictionary
 import cv2, numpy as np, torch
 from .images import open_image, as_picture, as_mask
@@ -69,21 +69,26 @@ def mask_iou(
     return float((a&b).sum()/either) if either else 1.
 
 # %% ../nbs/30_metrics.ipynb #c029
-_NAMES = list(product(OBJECTS, BACKGROUNDS)) # (object, place)
-_kept = WeakKeyDictionary() # judge -> features of the captions
+_NAMES = {n: [(*os, b) for os in combinations(OBJECTS, n) for b in BACKGROUNDS] for n in (1,2)} # (object, place), (object, object, place)
+_kept = WeakKeyDictionary() # judge -> number of objects -> features of the captions
 
-def _anchors(clip):
-    "Features of every object x place caption, [360, d]"
-    if clip not in _kept: _kept[clip] = clip.text([f'{a(o)} {BACKGROUNDS[b]}' for o,b in _NAMES])
-    return _kept[clip]
+def _anchors(clip, things=1):
+    "Features of every caption of so many objects in a place, [360 or 7920, d]"
+    kept = _kept.setdefault(clip, {})
+    if things not in kept:
+        texts = [f"{' and '.join(map(a, os))} {BACKGROUNDS[b]}" for *os,b in _NAMES[things]]
+        kept[things] = torch.cat([clip.text(texts[i:i+360]) for i in range(0,len(texts),360)])
+    return kept[things]
 
 def recognise(
-    clip, # What `load_clip` returns
+    clip, # What `load_clip` or `load_classifier` returns
     images, # A picture or a list of them: anything `open_image` reads, or objects with an `.image`
-)->list: # of (object, place), one a picture; names of OBJECTS and BACKGROUNDS
-    "What the judge sees: the object and the place of the caption with the highest cosine (zero-shot, Radford et al. 2021, section 3.1). Right or wrong, so a mean over pictures is an accuracy in [0, 1]."
+    things:int=1, # How many objects to name, 1 or 2
+)->list: # of (object, place) or (object, object, place), one a picture; names of OBJECTS, in their order, and of BACKGROUNDS
+    "What the judge sees: the objects and the place of the caption with the highest cosine (zero-shot, Radford et al. 2021, section 3.1). Right or wrong, so a mean over pictures is an accuracy in [0, 1]."
+    if things not in _NAMES: raise ValueError(f'things must be 1 or 2, got {things!r}')
     ims = [as_picture(o) for o in (images if isinstance(images, (list,tuple)) else [images])]
-    return [_NAMES[i] for i in (clip.image(ims)@_anchors(clip).T).argmax(-1)] if ims else []
+    return [_NAMES[things][i] for i in (clip.image(ims)@_anchors(clip, things).T).argmax(-1)] if ims else []
 
 # %% ../nbs/30_metrics.ipynb #c036
 def clip_score(

@@ -118,6 +118,6 @@ def test_forgedit_asks_it(model, scene):
     assert e.fitted.facts['source'] == 'a horse on grass'
 
 def test_it_does_not_draw():
-    for f,says in ((load, 'forgedit asks it'), (load_clip, "use load_clip('tiny-clip')")):
-        with pytest.raises(ValueError, match='tiny-captioner') as e: f('tiny-captioner')
+    for f,name,says in ((load, 'tiny-captioner', 'forgedit asks it'), (load_clip, 'tiny-captioner', "use load_clip('tiny-clip')"), (load, 'tiny-classifier', 'use load_classifier()')):
+        with pytest.raises(ValueError, match=name) as e: f(name)
         assert '\n' not in str(e.value) and says in str(e.value)

@@ -137,7 +137,7 @@ def draw_learned(model,               # what load() returns
     "Forget, mix the two texts, draw (Forgedit, sections 3.2 and 3.3). `2 * steps` UNet rows a picture."
     learned = part(fitted.tensors, 'unet'); gone = set(forget_names(learned, forget, strategies))
     with wearing(model.text_encoder, part(fitted.tensors, 'text_encoder')), wearing(model.unet, learned, lambda name: degree if name in gone else 1.):
-        texts = model.embed([fitted.facts['source'], target]).float()
+        texts = model.embed([fitted.facts['source'], target]); texts = texts.to(torch.promote_types(texts.dtype, torch.float32))
         source = fitted.tensors.get('embedding', texts[:1]).to(texts) # Forgedit learns it, the DreamBooth form learns to read it
         c, told = _mixtures(source, texts[1:], interpolation, gamma, alpha, beta)
         return Draft(generate(model, shape, c, steps, guidance, seed), fitted=fitted, told=told)

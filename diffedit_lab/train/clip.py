@@ -216,7 +216,7 @@ def polish_clip(out,                      # folder for the polished tiny-clip; m
                 codec=None,               # folder of the finished codec; None: clean pictures alone
                 scenes:int=32_000,        # training scenes
                 batch:int=128,            # pictures a step
-                lr:float=1e-3,            # peak learning rate
+                lr:float=2e-3,            # peak learning rate of Muon; AdamW's is half of it
                 check:int=200,            # held-out scenes judged at each checkpoint
                 device=None               # torch device; the best there is by default
                )->list:                   # the log
@@ -226,7 +226,7 @@ def polish_clip(out,                      # folder for the polished tiny-clip; m
     for part in (net.text_model, net.text_projection, net.logit_scale): part.requires_grad_(False)
     captions, pictures = world(scenes, Path(work).parent)
     coded = through_codec(read_codec(codec, net.device), pictures[:scenes//10]) if codec else None
-    log = fit(net, polish_clip_loss(net, captions, pictures, tok, batch, coded), work, minutes=minutes, steps=steps, report=lambda net,_: clip_accuracy(_as_clip(net, tok), check),
-              optimizer=lambda ps: torch.optim.AdamW(ps, lr, (.9,.98), weight_decay=.05))
+    log = fit(net, polish_clip_loss(net, captions, pictures, tok, batch, coded), work, minutes=minutes, steps=steps, ema=.99,
+              report=lambda net,_: clip_accuracy(_as_clip(net, tok), check), optimizer=lambda ps: MuonAdam(ps, lr/2, lr))
     save_clip(net, tok, out)
     return log

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['world', 'pixels', 'fresh', 'fit', 'new_codec', 'normal', 'codec_loss', 'codec_psnr', 'unit_scale', 'save_codec',
-           'tidy', 'train_codec', 'read_codec', 'encode_world', 'polish_loss', 'polish_codec']
+           'tidy', 'train_codec', 'MuonAdam', 'read_codec', 'encode_world', 'polish_loss', 'polish_codec']
 
 # %% ../../nbs/40_train_codec.ipynb #c004
 import json, math, time
@@ -230,6 +230,34 @@ def train_codec(out,                # folder for the finished codec (diffusers l
     save_codec(net, out, unit_scale(net, pictures))
     return log
 
+# %% ../../nbs/40_train_codec.ipynb #c049b
+class MuonAdam:
+    "Muon (Jordan et al. 2024) for the hidden weight matrices, convolutions flattened; AdamW for all other parameters."
+    def __init__(self,
+                 params,             # parameters; convolutions in channels_last memory
+                 lr:float=1e-3,      # AdamW's learning rate
+                 muon_lr:float=2e-3  # Muon's, scaled so that its steps are as large as AdamW's
+                ):
+        params = list(params); self.big = [p for p in params if p.ndim>=2 and min(p.shape[:2])>=32]
+        self.flat = [torch.nn.Parameter(self._flat(p.detach())) for p in self.big]
+        if any(f.data_ptr()!=p.data_ptr() for f,p in zip(self.flat, self.big)): raise ValueError('params: convolutions must be in channels_last memory; use net.to(memory_format=torch.channels_last)')
+        ids = {id(p) for p in self.big}
+        muon = [torch.optim.Muon(self.flat, lr=muon_lr, weight_decay=.01, adjust_lr_fn='match_rms_adamw')] if self.flat else [] # a toy net has no large matrix
+        self.opts = [*muon, torch.optim.AdamW([p for p in params if id(p) not in ids], lr, (.9,.99), weight_decay=.01)]
+    @staticmethod
+    def _flat(p): return p.permute(0,2,3,1).reshape(p.shape[0],-1) if p.ndim==4 else p
+    @property
+    def param_groups(self): return [g for o in self.opts for g in o.param_groups]
+    def step(self):
+        for f,p in zip(self.flat, self.big): f.grad = self._flat(p.grad)
+        for o in self.opts: o.step()
+    def zero_grad(self):
+        for p in self.big: p.grad = None
+        for o in self.opts: o.zero_grad()
+    def state_dict(self): return [o.state_dict() for o in self.opts]
+    def load_state_dict(self, states):
+        for o,s in zip(self.opts, states): o.load_state_dict(s)
+
 # %% ../../nbs/40_train_codec.ipynb #c050
 def read_codec(folder,     # a finished codec
                device=None # the best there is by default
@@ -251,48 +279,47 @@ def encode_world(vae,         # a finished codec
     "The scaled latents of all training pictures (posterior means), computed once."
     if file and Path(file).exists():
         old = np.load(file, mmap_mode='r')
-        if len(old)==len(pictures) and np.abs(old[:4].astype(np.float32)-_latents(vae, pictures[:4])).mean()<.05: return old
+        if len(old)==len(pictures) and np.abs(old[:4].astype(np.float32)-_latents(vae, pictures[:4])).mean()<.02: return old
     out = np.concatenate([_latents(vae, pictures[i:i+batch]) for i in progress(range(0,len(pictures),batch), desc='latents')])
     if file: _keep(Path(file), out)
     return out
 
 # %% ../../nbs/40_train_codec.ipynb #c054
-def polish_loss(latents,      # float16 [n, 4, 32, 32], scaled, of the whole pictures
-                pictures,     # uint8 [n, 128, 128, 3]
+def polish_loss(pictures,     # uint8 [n, 128, 128, 3]
+                latents,      # float16 [n, 4, 32, 32], scaled: where the latents were before
                 scale:float,  # the codec's scaling factor
                 batch:int=4,  # pictures a step
-                crop:int=SIZE # take crops of this side, in pixels, rather than whole pictures
+                leash:float=20., # dB that a latent's move by its own standard deviation costs
+                noise:float=.05  # on the scaled latents, so that nothing hides in what no UNet draws
                ):             # a loss for `fit`
-    "Minus the mean PSNR, in dB, of the decoded pictures: pure reconstruction."
-    f = SIZE//latents.shape[-1]; side = crop//f
+    "Minus the mean PSNR, in dB, and the leash: the squared distance of the latents from where they were."
     def loss(net, rng):
-        n,(y,x) = rng.integers(len(pictures), size=batch), rng.integers(0, SIZE//f-side+1, (2,batch))
-        z = np.stack([latents[i][:,b:b+side,a:a+side] for i,a,b in zip(n,x,y)]).astype(np.float32)/scale
-        p = pixels(np.stack([pictures[i][f*b:f*b+crop,f*a:f*a+crop] for i,a,b in zip(n,x,y)]), _device(net))
-        z = torch.from_numpy(z).to(p.device).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(p.device.type, torch.bfloat16): out = net.decode(z).sample.float()
-        return -_db(out, p).mean()
+        n = np.sort(rng.integers(len(pictures), size=batch)); p = pixels(pictures[n], _device(net))
+        with torch.autocast(p.device.type, torch.bfloat16):
+            z = net.encode(p).latent_dist.mean
+            out = net.decode(z + noise/scale*normal(rng, z)).sample.float()
+        moved = z.float()*scale - torch.from_numpy(latents[n]).to(p.device).float()
+        return leash*moved.square().mean() - _db(out, p).mean()
     return loss
 
 # %% ../../nbs/40_train_codec.ipynb #c055
-def polish_codec(out,                       # folder for the polished codec; may be the folder it came from
+def polish_codec(out,                       # folder for the polished codec
                  codec,                     # folder of the finished codec
                  work='.work/codec_polish', # folder for checkpoint and log; scenes and latents are kept beside it
-                 minutes:float=15.,         # budget of training time
+                 minutes:float=50.,         # budget of training time
                  *, steps:int=None,         # budget in steps, instead of minutes
                  scenes:int=32_000,         # training scenes
                  batch:int=4,               # pictures a step
-                 crop:int=SIZE,             # train on crops of this side, in pixels, rather than on whole pictures
-                 lr:float=1e-3,             # peak learning rate
+                 leash:float=20.,           # see `polish_loss`
+                 lr:float=1.5e-3,           # peak learning rate of Muon; AdamW's is a third of it
                  check:int=32,              # held-out scenes judged at each checkpoint
                  device=None                # torch device; the best there is by default
                 )->list:                    # the log
-    "Train the decoder alone: the encoder is frozen, so every latent keeps its meaning and a UNet trained on them stays valid."
+    "Train a finished codec on, its latents on a leash: a UNet that was trained on them stays valid."
     net = read_codec(codec, device); work, scale = Path(work), net.config.scaling_factor
-    for part in (net.encoder, net.quant_conv): part.requires_grad_(False)
     _, pictures = world(scenes, work.parent)
     latents = encode_world(net, pictures, work.parent/f'latents_{scenes}.npy')
-    log = fit(net, polish_loss(latents, pictures, scale, batch, crop), work, minutes=minutes, steps=steps, ema=.99, report=lambda net,_: dict(psnr=codec_psnr(net, check)),
-              optimizer=lambda ps: torch.optim.AdamW(ps, lr, (.9,.99), weight_decay=1e-4))
+    log = fit(net, polish_loss(pictures, latents, scale, batch, leash), work, minutes=minutes, steps=steps, ema=.99, every=5.,
+              report=lambda net,_: dict(psnr=codec_psnr(net, check)), optimizer=lambda ps: MuonAdam(ps, lr/3, lr))
     save_codec(net, out, scale)
     return log

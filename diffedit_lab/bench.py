@@ -226,7 +226,7 @@ def _bars(off=True): # True: none; None: only where a terminal shows them
     try: yield
     finally: progress.keywords.clear(); progress.keywords.update(before)
 
-_PARTS = dict(codec=_of_sources, drawing=_of_drawings, inversion=_of_inversion, edits=_of_edits, pairs=_of_pairs)
+_PARTS = dict(codec=(_of_sources,'object'), drawing=(_of_drawings,'object'), inversion=(_of_inversion,'object'), edits=(_of_edits,'object'), pairs=(_of_pairs,'pair')) # what measures, and the kind of cases
 
 def quality(
     model, # What `load` returns
@@ -239,8 +239,8 @@ def quality(
     if isinstance(cases, bool) or not isinstance(cases, int) or not 1<=cases<=1000: raise ValueError(f'cases must be an integer from 1 to 1000, got {cases!r}')
     judges, marks = (clip or load_clip(), load_classifier()), {}
     with tqdm(total=cases*len(_PARTS), disable=progress.keywords.get('disable', False)) as bar, _bars():
-        for name,part in _PARTS.items():
-            bar.set_description(name); size, todo = 1 if part is _of_edits else batch, heldout(cases, 'pair' if part is _of_pairs else 'object')
+        for name,(part,kind) in _PARTS.items():
+            bar.set_description(name); size, todo = 1 if part is _of_edits else batch, heldout(cases, kind)
             for i in range(0, cases, size):
                 for k,v in part(model, judges, todo[i:i+size], seed+i).items(): marks.setdefault(k, []).extend(v)
                 bar.update(len(todo[i:i+size]))

@@ -10,10 +10,9 @@ import json
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from transformers import ResNetConfig, ResNetForImageClassification
-from ..metrics import recognise
 from ..model import Classifier, best_device
 from ..scenes import *
-from .clip import bend, wear
+from .clip import bend, clip_accuracy, wear
 from .codec import *
 
 # %% ../../nbs/46_train_classifier.ipynb #c007
@@ -45,9 +44,8 @@ def classifier_loss(true,         # float32 [n, 53]: 1 where the label is in the
 def classifier_accuracy(judge,    # what `load_classifier` returns, or CLIP
                         n:int=200 # held-out one-object scenes
                        )->dict:   # object and place, shares in [0, 1]
-    "How many held-out renders a judge names right."
-    cases = heldout(n); seen = recognise(judge, [c.source.image for c in cases])
-    return dict(object=float(np.mean([o==c.of for (o,_),c in zip(seen,cases)])), place=float(np.mean([b==c.source.background for (_,b),c in zip(seen,cases)])))
+    "How many held-out renders a judge names right: CLIP's own exam."
+    return dict(zip(('object','place'), clip_accuracy(judge, n).values()))
 
 def train_classifier(out,                     # folder for the finished classifier (transformers layout, safetensors)
                      work='.work/classifier', # folder for checkpoint and log; the scenes are kept beside it

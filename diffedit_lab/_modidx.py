@@ -79,6 +79,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'diffedit_lab.bench._markdown': ('bench.html#_markdown', 'diffedit_lab/bench.py'),
                                     'diffedit_lab.bench._of_drawings': ('bench.html#_of_drawings', 'diffedit_lab/bench.py'),
                                     'diffedit_lab.bench._of_edits': ('bench.html#_of_edits', 'diffedit_lab/bench.py'),
+                                    'diffedit_lab.bench._of_holes': ('bench.html#_of_holes', 'diffedit_lab/bench.py'),
                                     'diffedit_lab.bench._of_inversion': ('bench.html#_of_inversion', 'diffedit_lab/bench.py'),
                                     'diffedit_lab.bench._of_pairs': ('bench.html#_of_pairs', 'diffedit_lab/bench.py'),
                                     'diffedit_lab.bench._of_sources': ('bench.html#_of_sources', 'diffedit_lab/bench.py'),

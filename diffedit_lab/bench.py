@@ -19,7 +19,7 @@ from .images import *
 from .schedule import *
 from .result import Edit
 from .scenes import *
-from .model import load_classifier, load_clip
+from .model import load_classifier, load_clip, sibling
 from .loops import *
 from .methods.diffedit import diffedit
 from .methods.fast_diffedit import fast_diffedit
@@ -218,6 +218,14 @@ def _of_pairs(model, judges, cases, seed):
     return dict(gen_pair=[{*s[:2]}=={t.name for t in c.source.things} for s,c in zip(seen, cases)],
                 two_object_iou=[mask_iou(c.mask, found(c, seed+k)) for k,c in enumerate(cases)])
 
+# %% ../nbs/31_bench.ipynb #c445
+def _of_holes(model, judges, cases, seed):
+    "Does the family's inpainter, if it has one, fill a true mask with what is asked?"
+    fill = sibling(model, 'inpainting')
+    if not fill: return {}
+    filled = [fast_diffedit(model, c.source, target=c.answer.caption, mask=c.mask, inpainter=fill, seed=seed+k) for k,c in enumerate(cases)]
+    return {f'{h}inpaint_success': [s[0]==c.answer.things[0].name for s,c in zip(recognise(j, filled), cases)] for h,j in zip(('','second_'), judges)}
+
 # %% ../nbs/31_bench.ipynb #c046
 @contextmanager
 def _bars(off=True): # True: none; None: only where a terminal shows them
@@ -226,7 +234,7 @@ def _bars(off=True): # True: none; None: only where a terminal shows them
     try: yield
     finally: progress.keywords.clear(); progress.keywords.update(before)
 
-_PARTS = dict(codec=(_of_sources,'object'), drawing=(_of_drawings,'object'), inversion=(_of_inversion,'object'), edits=(_of_edits,'object'), pairs=(_of_pairs,'pair')) # what measures, and the kind of cases
+_PARTS = dict(codec=(_of_sources,'object'), drawing=(_of_drawings,'object'), inversion=(_of_inversion,'object'), edits=(_of_edits,'object'), pairs=(_of_pairs,'pair'), holes=(_of_holes,'object')) # what measures, and the kind of cases
 
 def quality(
     model, # What `load` returns
@@ -252,7 +260,8 @@ MEANING = dict(codec_psnr='the codec there and back, against the picture',
     gen_object='CLIP names the object of a picture drawn from noise', gen_background='... and its place', second_gen_object='the classifier names that object', second_gen_background='... and its place',
     inversion_psnr='50 steps up and down, against the codec\'s own picture', diffedit_iou='DiffEdit\'s mask and the true one', fast_diffedit_iou='FastDiffEdit\'s mask and the true one',
     swap_success='CLIP names the new object after DiffEdit', second_swap_success='the classifier names it', swap_background_psnr='outside the old and the new object, before paste-back',
-    gen_pair='the classifier names both objects of a pair drawn from noise', two_object_iou='DiffEdit\'s mask and the true one of the named object, one of two', cases='held-out edits, as many with one object as with two') # key of `quality` -> what it measures
+    gen_pair='the classifier names both objects of a pair drawn from noise', two_object_iou='DiffEdit\'s mask and the true one of the named object, one of two',
+    inpaint_success='CLIP names what was asked for in a hole cut along a true mask', second_inpaint_success='the classifier names it', cases='held-out edits, as many with one object as with two') # key of `quality` -> what it measures
 
 def table(
     results:dict, # What `quality` returns

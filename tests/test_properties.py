@@ -11,6 +11,7 @@ from PIL import Image
 
 import diffedit_lab.methods
 from diffedit_lab import embedded, load, paste
+from diffedit_lab.model import sibling
 from diffedit_lab.masks import find_heat, noise_draws
 from diffedit_lab.methods.diffedit import slow_mask, three_rows
 from diffedit_lab.schedule import gaussian, path
@@ -34,7 +35,7 @@ DRAWS = dict(diffedit='heat')             # method -> what its seed decides, whe
 ROWS = dict(                              # method -> [(words, rows)], as the paper counts
     sdedit=[(dict(steps=50, strength=.6), 60), (dict(steps=10, strength=.6, guidance=1.), 6)],
     diffedit=[(dict(steps=50, strength=.8, n=10), 20+40+80), (dict(steps=5, strength=.8, n=3, mask='full'), 4+8), (dict(steps=5, strength=.8, n=3, guidance=1.), 6+4+4)],
-    fast_diffedit=[(dict(steps=20, strength=.8, n=20), 40+32), (dict(steps=5, strength=.8, mask='full'), 8)],
+    fast_diffedit=[(dict(steps=20, n=20), 40+40), (dict(steps=5, mask='full'), 10)],
     prompt_to_prompt=[(dict(steps=50), 50+4*50), (dict(steps=5, guidance=1.), 5+2*5), (dict(steps=5, target=['a zebra on grass','a cow on grass']), 5+6*5)],
     instruct_pix2pix=[(dict(steps=10), 30)], null_text=[(dict(steps=5, iterations=1), 5+15+20)], style_diffusion=[(dict(steps=3, inner=2), 27)],
     imagic=[(dict(embedding_updates=1, unet_updates=1, batch=2, steps=4), 4+8)], forgedit=[(dict(updates=2, batch=3, steps=4), 6+8)],
@@ -153,16 +154,21 @@ def unchanged(model):
     new = weights(model)
     assert new.keys()==w.keys() and [k for k,v in new.items() if v.dtype!=w[k].dtype or not torch.equal(v, w[k])]==[]
 
+def unets(model):
+    "The model's UNet, and that of its inpainting twin where it has one."
+    return [m.unet for m in (model, sibling(model, 'inpainting')) if m]
+
 @contextmanager
-def failing(net, error, at):
-    "The network raises at its `at`-th call."
+def failing(nets, error, at):
+    "The networks raise at their `at`-th call."
     calls = []
     def fail(*_):
         calls.append(1)
         if len(calls)==at: raise error
-    hook = net.register_forward_pre_hook(fail)
+    hooks = [net.register_forward_pre_hook(fail) for net in nets]
     try: yield
-    finally: hook.remove()
+    finally:
+        for h in hooks: h.remove()
 
 @every
 def test_nothing_is_left_changed(method, parts, scene):
@@ -173,7 +179,7 @@ def test_nothing_is_left_changed(method, parts, scene):
 @pytest.mark.parametrize('error', [RuntimeError('the third call'), KeyboardInterrupt()], ids=['exception','ctrl-c'])
 def test_nothing_is_left_changed_after_a_failure(method, parts, scene, error):
     with unchanged(parts):
-        with failing(parts.unet, error, 3), pytest.raises(type(error)): edit(method, parts, scene.image)
+        with failing(unets(parts), error, 3), pytest.raises(type(error)): edit(method, parts, scene.image)
         assert not parts.unet._forward_pre_hooks
 
 @those_with('mask')
@@ -220,7 +226,7 @@ def test_recut_leaves_the_model_alone(method, parts, scene):
     if e.heat is None:
         with pytest.raises(ValueError, match='recut'): e.recut(threshold=.5)
         return
-    with failing(parts.unet, AssertionError('recut asked the network'), 1), failing(parts.vae.decoder, AssertionError('recut asked the codec'), 1):
+    with failing([*unets(parts), parts.vae.decoder], AssertionError('recut asked a network'), 1):
         low, same_cut, high = (e.recut(threshold=t) for t in (0., e.settings['threshold'], 1.))
     assert parts.rows==rows
     assert pixels(low.mask).sum()>=pixels(same_cut.mask).sum()>=pixels(high.mask).sum()==0
@@ -237,19 +243,20 @@ def test_a_mask_goes_back_in(method, parts, scene):
 # -- rows
 
 @contextmanager
-def counting(unet):
-    "Rows that truly went through a UNet."
+def counting(nets):
+    "Rows that truly went through UNets."
     seen = []
-    hook = unet.register_forward_pre_hook(lambda m, args, kwargs: seen.append(len(args[0] if args else kwargs['sample'])), with_kwargs=True)
+    hooks = [net.register_forward_pre_hook(lambda m, args, kwargs: seen.append(len(args[0] if args else kwargs['sample'])), with_kwargs=True) for net in nets]
     try: yield seen
-    finally: hook.remove()
+    finally:
+        for h in hooks: h.remove()
 
 @every
 def test_rows_are_counted_exactly(method, parts, scene):
     for words,rows in ROWS.get(method, [({}, None)]):
         words = {k: np.ones((128,128)) if isinstance(v, str) and k=='mask' else v for k,v in words.items()}
         before = parts.rows
-        with counting(parts.unet) as seen: e = edit(method, parts, scene.image, **words)
+        with counting(unets(parts)) as seen: e = edit(method, parts, scene.image, **words)
         assert e.rows==parts.rows-before==sum(seen)>0
         assert rows is None or e.rows==rows, words
 

@@ -115,7 +115,7 @@ def blended_latents(model,              # what load() returns
                     start='source',     # what the way down starts from: 'source', 'noise', or the picture with a scribble painted on it
                     strength:float=1.,  # share of the noise path; less keeps more of what was there (or of your scribble)
                     n:int=4,            # predictions, in one batch
-                    shrink:int=0,       # rounds of dilation for progressive shrinking; 3 in the paper, for thin masks
+                    shrink:int=0,       # rounds of progressive mask shrinking, a cell a side each: 3 in the paper; for a thin mask as many as give the thing room
                     guidance:float=7.5, # guidance scale
                     steps:int=50,       # levels of the full path
                     seed:int=0,         # prediction i draws from seed + i

@@ -61,7 +61,7 @@ def fast_diffedit(model,               # what load() returns
         found = blur_and_cut(cut(heat, 1/3)) if as_published else tidy(cut(heat, threshold))
         mask = on_latents(found, z)
     c, noise = model.embed(target), gaussian(z.shape, seed).to(z)
-    fill = (inpainter or sibling(model, 'inpainting')) if strength else None # an inpainter knows no 'nothing happens'
+    fill = (inpainter or sibling(model, 'inpainting')) if strength and mask.any() else None # an inpainter knows no 'nothing happens'
     if not fill: return Draft(redraw(model, z, c, path(model.schedule, steps, strength), noise, guidance, model.embed(negative), mask), found, heat)
     before = fill.rows
     z = inpaint(fill, image, mask, c, path(fill.schedule, steps), noise, guidance, model.embed(negative))

@@ -110,7 +110,7 @@ def test_imports_follow_the_arrows():
 def test_tracked_files_are_small_and_safe():
     code, out = run('git', 'ls-files', '-z')
     if code: pytest.skip('not a git checkout')
-    sizes = {f: (ROOT/f).stat().st_size for f in out.split('\0') if f and (ROOT/f).is_file()}
+    sizes = {f: (ROOT/f).lstat().st_size for f in out.split('\0') if f and (ROOT/f).is_file()} # a link takes no room: the codec that the tiny models share is there once
     assert not [f for f in sizes if Path(f).suffix in {'.bin', '.pt', '.pth', '.ckpt', '.pkl', '.pickle'}], 'weights are safetensors only'
     assert not {f: n for f, n in sizes.items() if n > 16e6}, 'a file over 16 MB'
     assert sum(sizes.values()) < 60e6, 'the checkout is over 60 MB'

@@ -221,9 +221,8 @@ def _of_pairs(model, judges, cases, seed):
 # %% ../nbs/31_bench.ipynb #c445
 def _of_holes(model, judges, cases, seed):
     "Does the family's inpainter, if it has one, fill a true mask with what is asked?"
-    fill = sibling(model, 'inpainting')
-    if not fill: return {}
-    filled = [fast_diffedit(model, c.source, target=c.answer.caption, mask=c.mask, inpainter=fill, seed=seed+k) for k,c in enumerate(cases)]
+    if not sibling(model, 'inpainting'): return {}
+    filled = [fast_diffedit(model, c.source, target=c.answer.caption, mask=c.mask, seed=seed+k) for k,c in enumerate(cases)]
     return {f'{h}inpaint_success': [s[0]==c.answer.things[0].name for s,c in zip(recognise(j, filled), cases)] for h,j in zip(('','second_'), judges)}
 
 # %% ../nbs/31_bench.ipynb #c046

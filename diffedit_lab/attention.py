@@ -399,7 +399,7 @@ def blend_heat(
     maps:torch.Tensor, # [rows, h, w, tokens] such as `Maps.mean`, the source first
     tokens:list, # for each row, the tokens of its words
     size, # (height, width) of the latents
-    pool:bool=True, # take the largest value of each 3x3 neighbourhood first
+    pool:bool=False, # take the largest value of each 3x3 neighbourhood first, as published
 ) -> torch.Tensor: # [rows, 1, height, width], 1 = the hottest place
     "The heat of each row's words, or the source's, on the latents' grid."
     if len(maps)!=len(tokens): raise ValueError(f'tokens must hold one list for each of the {len(maps)} rows of maps, got {len(tokens)}')
@@ -414,7 +414,7 @@ def local_blend(
     tokens:list, # see `blend_heat`
     size, # see `blend_heat`
     threshold:float=.3, # share of the row's maximum to cut at
-    pool:bool=True, # see `blend_heat`
+    pool:bool=False, # see `blend_heat`
 ) -> torch.Tensor: # bool [rows, 1, height, width], True = may change
     "Where the words of each row, or the source's, are (Prompt-to-Prompt, \"local editing\")."
     return blend_heat(maps, tokens, size, pool)>threshold
@@ -429,12 +429,12 @@ def _row_tokens(model, texts, words, as_published):
 
 class Blend:
     "The `mix` of a walk that sets the latents outside some words back to the first row's. Without words it changes nothing and only keeps the maps."
-    def __init__(self, maps, words, subtract, threshold, first): self.maps,self.words,self.subtract,self.threshold,self.first,self.mask,self.heat = maps,words,subtract,threshold,first,None,None
+    def __init__(self, maps, words, subtract, threshold, first, pool): self.maps,self.words,self.subtract,self.threshold,self.first,self.pool,self.mask,self.heat = maps,words,subtract,threshold,first,pool,None,None
     def __call__(self, t, z):
         if not self.words or max(self.maps.count.values())<=self.first: return z
         maps,size,(cut,less) = self.maps.mean(),z.shape[2:],self.threshold
-        self.heat = blend_heat(maps, self.words, size)
-        if self.subtract: self.heat = self.heat.masked_fill(local_blend(maps, self.subtract, size, less, pool=False), 0)
+        self.heat = blend_heat(maps, self.words, size, self.pool)
+        if self.subtract: self.heat = self.heat.masked_fill(local_blend(maps, self.subtract, size, less), 0)
         self.mask = self.heat>cut
         return torch.where(self.mask, z, z[:1])
     def found(self): # (mask, heat), arrays [h, w] in [0, 1], or (None, None) where nothing was blended
@@ -468,7 +468,7 @@ def carry(
     first = window(steps, start, as_published)[1]
     @contextmanager
     def block():
-        with edit_attention(model, fn), watch(model, rows=slice(-len(texts), None)) as maps: yield Blend(maps, words, less, cuts, first)
+        with edit_attention(model, fn), watch(model, rows=slice(-len(texts), None)) as maps: yield Blend(maps, words, less, cuts, first, as_published)
     return block()
 
 # %% ../nbs/06_attention.ipynb #c0947

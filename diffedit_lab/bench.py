@@ -77,11 +77,11 @@ class Comparison:
 
     def __repr__(self): return _markdown(list(self.facts[0]), [map(_said, f.values()) for f in self.facts])+f'\n{self.note}'
     def _repr_html_(self):
-        left = 'style="text-align:left"'
+        left = 'style="text-align:left;padding:4px 10px"'
         def row(e, f): # pictures, then facts, each with the value it is sorted by
             cells = ''.join(f'<td {left} data-by="{html.escape(_sorts(v))}">{html.escape(_said(v))}</td>' for v in f.values())
             return f'<tr data-row="1"><td>{_thumbs(e.source_image if e.mask is None else overlay(e.source_image, e.mask), e.image)}</td>{cells}</tr>'
-        heads = ''.join(f'<th style="text-align:left;cursor:pointer" title="click to sort" onclick="{html.escape(_SORT)}">{html.escape(k)}</th>' for k in self.facts[0])
+        heads = ''.join(f'<th style="text-align:left;padding:4px 10px;cursor:pointer" title="click to sort" onclick="{html.escape(_SORT)}">{html.escape(k)}</th>' for k in self.facts[0])
         given = _thumbs(self.source, *([self.answer] if self.answer else [])); words = 'the source'+(' and the true edit' if self.answer else '')
         return (f'<table><tr><th {left}>mask and result</th>{heads}</tr>{"".join(map(row, self.edits, self.facts))}'
                 f'<tr><td {left}>{given}</td><td {left} colspan="{len(self.facts[0])}">{words}</td></tr></table><div>{html.escape(self.note)}</div>')

@@ -208,7 +208,8 @@ class Explorer(W.VBox):
 
     def words(self):
         "Every word as the knobs stand."
-        return {k: None if o.value=='' and self.known[k].default is None else o.value for k,o in self.knobs.items()}|self.fixed
+        read = lambda v: float(f'{v:.9g}') if isinstance(v, float) else v   # a browser's slider says 3.5000000000000004
+        return {k: None if o.value=='' and self.known[k].default is None else read(o.value) for k,o in self.knobs.items()}|self.fixed
 
 # %% ../nbs/32_explore.ipynb #c035
 @patch

@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTokenizer
 
-from diffedit_lab.attention import (carried_maps, carry, cross_window, edit_attention, equalizer, inject, local_blend, refine_maps, refine_mapper,
+from diffedit_lab.attention import (Blend, carried_maps, carry, cross_window, edit_attention, equalizer, inject, local_blend, refine_maps, refine_mapper,
                                     replace_maps, replace_mapper, watch, window, word_heat, word_maps, word_tokens)
 from diffedit_lab.attention import _only_swaps, _spans
 
@@ -282,11 +282,19 @@ def test_refine_and_replace_maps():
 def test_local_blend():
     m = torch.zeros(3,8,4,5)
     m[0,1,1,2] = m[1,6,2,3] = 1; m[1,6,3,3] = .4
-    mask = local_blend(m, [[2],[3],[]], (16,8))
+    mask = local_blend(m, [[2],[3],[]], (16,8), pool=True)
     assert mask.shape==(3,1,16,8) and mask.dtype==torch.bool
     assert torch.equal(mask[2], mask[0]) and (mask[0]<=mask[1]).all() and not mask[0,0,8:].any() and mask[1,0,12,4]
-    assert local_blend(m, [[2],[3],[]], (16,8), pool=False).sum((1,2,3)).tolist()==[4,12,4]
-    assert local_blend(m, [[2],[3],[]], (16,8), .5, pool=False).sum((1,2,3)).tolist()==[4,8,4]
+    assert local_blend(m, [[2],[3],[]], (16,8)).sum((1,2,3)).tolist()==[4,12,4]
+    assert local_blend(m, [[2],[3],[]], (16,8), .5).sum((1,2,3)).tolist()==[4,8,4]
+
+def test_the_published_mask_is_a_cell_wider():
+    m = torch.zeros(2,8,8,4); m[0,3,3,2] = m[1,3,3,2] = 1.
+    maps, z = SimpleNamespace(count={'a': 3}, mean=lambda: m), noise(2,4,16,16)
+    def kept(pool): blend = Blend(maps, [[2],[2]], None, (.3,.3), 0, pool); out = blend(1, z); return blend.mask[1,0], out
+    (here, a), (published, b) = kept(False), kept(True)
+    assert here.sum()==4 and published.sum()==36 and (here<=published).all()
+    assert torch.equal(a[1][:,~here], z[0][:,~here]) and torch.equal(a[1][:,here], z[1][:,here]) and torch.equal(b[1][:,published], z[1][:,published])
 
 def test_auto_replaces_only_where_words_change_places(tok):
     yes = [('a horse on grass','a zebra on grass'), ('a horse on grass','A zebra on  sand'), ('a cat','a cat')]

@@ -12,7 +12,7 @@ from diffedit_lab.scenes import COLOURS, OBJECTS, STYLES, heldout, random_captio
 from diffedit_lab.train.captioner import caption_accuracy, caption_loss, facing, kind, new_captioner, new_processor, say, silent, tower_weights, train_captioner, unseen
 from diffedit_lab.train.codec import pixels, world
 
-QUICK = dict(scenes=16, batch=8, width=32, layers=1, check=4, device='cpu')
+QUICK = dict(scenes=16, batch=8, width=32, layers=1, check=4, lr=.01, device='cpu')
 FOLDER = _MODELS/'tiny-captioner'
 PLAIN = ('object','background','style','remove','pair')
 
@@ -104,11 +104,11 @@ def test_it_is_small_and_whole():
 def test_it_says_what_held_out_scenes_show(tiny, look, what):
     cases = heldout(30, what)
     said = say(tiny, look.tokenizer, [c.source.image for c in cases])
-    assert np.mean([t==c.source.caption for t,c in zip(said, cases)]) >= (.4 if what=='pair' else .9) # of two small objects it still names one wrong in four scenes of ten
+    assert np.mean([t==c.source.caption for t,c in zip(said, cases)]) >= .9
 
 def test_it_reads_scenes_of_all_kinds(tiny, look):
     got = caption_accuracy(tiny, look.tokenizer, unseen(100))
-    assert got['silent'] >= .8 and got['empty'] >= .9
+    assert got['silent'] >= .9 and got['empty'] >= .9 and got['asked'] >= .7
     assert say(tiny, look.tokenizer, [of('a horse on grass', seed=3).image], 'a horse facing')[0].startswith('a horse facing ')
 
 def test_forgedit_asks_it(model, scene):

@@ -1,5 +1,5 @@
 "The site: every page is built, every link leads somewhere, and nothing is fetched from a network."
-import shutil, subprocess, sys
+import re, shutil, subprocess, sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -30,21 +30,29 @@ def broken(pages):
             if not file.exists() or url.fragment and file in by_file and unquote(url.fragment) not in by_file[file].ids: yield p.file.name, ref
 
 @pytest.fixture(scope='module')
-def pages(tmp_path_factory):
+def site(tmp_path_factory):
     "The site, built from the notebooks as they are."
     here = tmp_path_factory.mktemp('site')
     for name in 'nbs', 'diffedit_lab', 'tools': shutil.copytree(ROOT/name, here/name, ignore=shutil.ignore_patterns('__pycache__', '*.safetensors'))
     for name in 'settings.ini', 'setup.py', 'pyproject.toml', 'README.md': shutil.copy(ROOT/name, here)
     r = subprocess.run([sys.executable, 'tools/docs.py'], cwd=here, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert r.returncode == 0, r.stdout[-3000:]
-    return [Page(p) for p in (here/'_docs').rglob('*.html')]
+    return here/'_docs'
+
+@pytest.fixture(scope='module')
+def pages(site): return [Page(p) for p in site.rglob('*.html')]
 
 def test_every_notebook_is_a_page(pages): assert len(pages) == len(NBS)
 
 def test_every_link_leads_somewhere(pages): assert not list(broken(pages))
 
-def test_nothing_is_fetched(pages):
+def test_the_sidebar_knows_every_notebook():
+    assert sorted(re.findall(r'- (\S+\.ipynb)', (ROOT/'nbs'/'sidebar.yml').read_text())) == sorted(p.relative_to(ROOT/'nbs').as_posix() for p in NBS)
+
+def test_nothing_is_fetched(pages, site):
     assert not [(p.file.name, ref) for p in pages for tag, ref in p.refs if tag != 'a' and (urlsplit(ref).netloc or urlsplit(ref).scheme in ('http','https'))]
+    sheets = {p.name: p.read_text(encoding='utf-8') for p in site.rglob('*.css')}
+    assert 'cosmo.min.css' in sheets and not [n for n, s in sheets.items() if re.search(r'(@import|url\()[^;)]{0,9}//', s)]
 
 def test_pictures_are_there(pages):
     assert next(p for p in pages if p.file.name == 'index.html').pictures >= 2

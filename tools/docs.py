@@ -4,13 +4,14 @@ from pathlib import Path
 from latex2mathml.converter import convert
 from nbdev.config import nbpath2html
 from nbdev.doclinks import _build_modidx
-from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml
+from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
 from smalldocs.site import build
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = r'(?<![\w/])((?:[\w.-]+/)*)\d+[a-zA-Z0-9]*_(?=\w+\.ipynb)'  # of a notebook's file name, in a link or the sidebar
 NOWHERE = r'\[source\]\(/blob/[^)]*\){[^}]*}'                       # nbdev's link to the source of a project without a host
+FAR = r'@import url\([^)]*//[^)]*\);?'                               # a theme's web font; the system's own serves
 
 def prepare(proc):
     "Call pages as nbdev's links call them, `images` for `00_images`, and leave out what only Quarto reads."
@@ -32,6 +33,7 @@ def finish(page, out):
     s = re.sub(r'<span class="math (inline|display)">(.*?)</span>', mathml, s, flags=re.S)
     s = re.sub(r'<(link|script)\b[^>]*katex[^>]*>(</script>)?', '', s)
     s = re.sub(r'<a href="[^"]*#_\w+">(.*?)</a>', r'\1', s)  # nbdev links private names, which have no entry
+    s = s.replace('__main__.', '')                           # where a notebook's own classes seem to live
     s = re.sub(r'href="/(?!/)', f'href="{os.path.relpath(out, page.parent)}/', s)
     page.write_text(s, encoding='utf-8')
 
@@ -39,13 +41,13 @@ def main():
     os.chdir(ROOT)
     refresh_quarto_yml()
     _build_modidx()
-    nbdev_sidebar.__wrapped__()
     proc = proc_nbs(n_workers=0, force=True)
     prepare(proc)
     site, out = build(proc, quiet=True), ROOT/'_docs'
     shutil.rmtree(out, ignore_errors=True)
     shutil.move(site.out, out)
     for page in out.rglob('*.html'): finish(page, out)
+    for css in out.rglob('*.css'): css.write_text(re.sub(FAR, '', css.read_text(encoding='utf-8')), encoding='utf-8')
     for w in site.warnings: print('warning:', w)
     print(f'{len(site.pages)} pages: open _docs/index.html')
 

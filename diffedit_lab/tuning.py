@@ -78,15 +78,15 @@ def fit(loss,             # a function (noise, times) -> loss, such as `noise_lo
         groups,           # pairs (parameters, Adam's learning rate)
         draws,            # an iterator of (noise, times), such as `batches`
         updates:int,      # steps of the optimiser
-        micro:int=None,   # rows at a time: the same loss, less memory; None: five of 32x32 latents, two of larger ones
+        micro:int=2,      # rows at a time: the same loss, less memory
         stop=None,        # (loss, rows): stop before the update once a loss is below and more rows were seen
         adam_eps:float=1e-8 # Adam's epsilon
        )->list:           # the loss of every batch
     "Learn. One Adam, constant rates, no decay, no clipping."
     adam, losses = torch.optim.Adam([dict(params=list(p), lr=lr) for p,lr in groups], eps=adam_eps), []
     for i,(noise,times) in zip(progress(range(updates), desc='fit'), draws):
-        adam.zero_grad(); total, rows = 0., micro or max(2, 5*32*32//noise[0,0].numel())
-        for e,t in zip(noise.split(rows), times.split(rows)):
+        adam.zero_grad(); total = 0.
+        for e,t in zip(noise.split(micro), times.split(micro)):
             part = loss(e, t)*(len(e)/len(noise)); part.backward(); total += part.item()
         losses.append(total)
         if stop and total<stop[0] and i*len(noise)>stop[1]: break

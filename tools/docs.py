@@ -14,9 +14,9 @@ NOWHERE = r'\[source\]\(/blob/[^)]*\){[^}]*}'                       # nbdev's li
 FAR = r'@import url\([^)]*//[^)]*\);?'                               # a theme's web font; the system's own serves
 
 def prepare(proc):
-    "Call pages as nbdev's links call them, `images` for `00_images`, and leave out what only Quarto reads."
+    "Call pages as nbdev's links call them, `images` for `00_images`; leave out what only Quarto reads, and where a notebook's own classes seem to live."
     for p in sorted(proc.rglob('*.ipynb')):
-        s = re.sub(NOWHERE + r'|output-file: [\w.-]+\\n', '', p.read_text(encoding='utf-8'))
+        s = re.sub(NOWHERE + r'|output-file: [\w.-]+\\n|__main__\.', '', p.read_text(encoding='utf-8'))
         p.unlink()
         p.with_name(nbpath2html(p).stem + '.ipynb').write_text(re.sub(r'(?<=\]\()' + NUMBER, r'\1', s), encoding='utf-8')
     side, site = proc/'sidebar.yml', proc/'nbdev.yml'
@@ -33,7 +33,6 @@ def finish(page, out):
     s = re.sub(r'<span class="math (inline|display)">(.*?)</span>', mathml, s, flags=re.S)
     s = re.sub(r'<(link|script)\b[^>]*katex[^>]*>(</script>)?', '', s)
     s = re.sub(r'<a href="[^"]*#_\w+">(.*?)</a>', r'\1', s)  # nbdev links private names, which have no entry
-    s = s.replace('__main__.', '')                           # where a notebook's own classes seem to live
     s = re.sub(r'href="/(?!/)', f'href="{os.path.relpath(out, page.parent)}/', s)
     page.write_text(s, encoding='utf-8')
 

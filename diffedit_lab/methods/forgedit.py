@@ -59,7 +59,7 @@ def forgedit_fit(model,            # what load() returns
                  updates:int=40,   # steps of the optimiser
                  unet_lr:float=6e-5, # Adam's rate for the UNet
                  embedding_lr:float=1e-3, # Adam's rate for the caption's embedding
-                 micro:int=None,   # rows at a time, see `fit`
+                 micro:int=2,      # rows at a time
                  stop=(.03,350),   # see `fit`
                  adam_eps:float=1e-8, # Adam's epsilon
                  dtype=torch.float16 # of what is kept
@@ -159,7 +159,7 @@ def forgedit(model,               # what load() returns
              batch:int=10,        # rows a step
              unet_lr:float=6e-5,  # at Stable Diffusion's width, see `rate`
              embedding_lr:float=1e-3, # likewise
-             micro:int=None,      # rows at a time in learning, see `fit`
+             micro:int=2,         # rows at a time in learning
              seed:int=0,          # draws the noise of learning and of drawing
              fitted=None,         # `fitted` of an earlier edit of this picture, or its path: nothing is learned anew
              **kwargs             # forget, degree, interpolation, gamma, alpha, beta, guidance, steps: words of `draw_learned`
@@ -189,7 +189,7 @@ def dreambooth_fit(model,            # what load() returns
                    updates:int=100,  # steps of the optimiser
                    unet_lr:float=5e-6, # Adam's rate for the UNet
                    text_lr:float=5e-6, # Adam's rate for the text encoder
-                   micro:int=None,   # rows at a time, see `fit`
+                   micro:int=2,      # rows at a time
                    adam_eps:float=1e-8, # Adam's epsilon
                    dtype=torch.float16 # of what is kept
                   ):                 # what was learned: a dict name -> tensor; the losses
@@ -212,7 +212,7 @@ def dreambooth_forgedit(model,           # what load() returns
              batch:int=4,         # rows a step
              unet_lr:float=5e-6,  # at Stable Diffusion's width, see `rate`
              text_lr:float=5e-6,  # likewise
-             micro:int=None,      # rows at a time in learning, see `fit`
+             micro:int=2,         # rows at a time in learning
              seed:int=0,          # draws the noise of learning and of drawing
              fitted=None,         # `fitted` of an earlier edit of this picture, or its path: nothing is learned anew
              **kwargs             # forget, degree, interpolation, gamma, alpha, beta, guidance, steps: words of `draw_learned`

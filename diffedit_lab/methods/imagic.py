@@ -21,7 +21,7 @@ def imagic_fit(model,            # what load() returns
                unet_updates:int=100, # steps of stage 2
                embedding_lr:float=1e-3, # Adam's rate in stage 1
                unet_lr:float=2e-5, # Adam's rate in stage 2
-               micro:int=None,   # rows at a time, see `fit`
+               micro:int=2,      # rows at a time
                adam_eps:float=1e-8, # Adam's epsilon
                dtype=torch.float16 # of what is kept
               ):                 # what was learned: a dict name -> tensor; the losses of both stages
@@ -46,7 +46,7 @@ def imagic(model,               # what load() returns
            embedding_lr:float=1e-3, # at Stable Diffusion's width, see `rates`
            unet_lr:float=2e-5,  # likewise
            batch:int=4,         # rows a step
-           micro:int=None,      # rows at a time in learning, see `fit`
+           micro:int=2,         # rows at a time in learning
            guidance:float=7.5,  # guidance scale
            steps:int=50,        # levels of the path
            seed:int=0,          # draws the noise of learning and of drawing

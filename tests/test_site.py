@@ -54,6 +54,9 @@ def test_nothing_is_fetched(pages, site):
     sheets = {p.name: p.read_text(encoding='utf-8') for p in site.rglob('*.css')}
     assert 'cosmo.min.css' in sheets and not [n for n, s in sheets.items() if re.search(r'(@import|url\()[^;)]{0,9}//', s)]
 
+def test_no_page_was_made_by_running(pages):
+    assert not [p.file.name for p in pages if 'it/s]' in p.file.read_text(encoding='utf-8')] # a bar of progress
+
 def test_pictures_are_there(pages):
     assert next(p for p in pages if p.file.name == 'index.html').pictures >= 2
 

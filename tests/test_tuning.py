@@ -5,7 +5,7 @@ import pytest, torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from diffedit_lab.schedule import gaussian, noised
-from diffedit_lab.tuning import batches, borrowed, differences, fit, generate, in_single, learning, noise_loss, numbers, rates, wearing
+from diffedit_lab.tuning import batches, borrowed, differences, fit, generate, has_bfloat16, in_single, learning, noise_loss, numbers, rates, recomputed, wearing
 
 def small_unet(width=8, text=96):
     "A UNet in Stable Diffusion's shape with random weights."
@@ -79,6 +79,29 @@ def test_portions_give_the_same_step(small):
         assert max(abs(a-b) for a,b in zip(whole[0], o[0]))<1e-5
         assert (whole[1]-o[1]).abs().median()<1e-6 and (whole[2]-o[2]).abs().median()<1e-5
     assert small.rows==3*2*6
+
+def test_large_attention_is_computed_twice_for_the_same_gradient_and_only_inside():
+    net, calls = small_unet().requires_grad_(True), []
+    blocks = [m for n,m in net.named_modules() if n.endswith('transformer_blocks.0')] # over 8 x 8 places: three; over 4 x 4: three
+    for m in blocks: m.register_forward_pre_hook(lambda m, x: calls.append(x[0].shape[1]))
+    x, c = gaussian((1,4,16,16), 3), gaussian((1,8,96), 4)
+    def gradient():
+        calls.clear(); net.zero_grad(); net(x, 500, c).sample.square().mean().backward()
+        return sorted(calls), {n: p.grad.clone() for n,p in net.named_parameters()}
+    once, plain = gradient()
+    with recomputed(net, 64): twice, again = gradient()
+    assert twice==sorted(once+[n for n in once if n>=64]) and 0<once.count(64)<len(once)
+    assert all(torch.equal(plain[n], again[n]) for n in plain)
+    with pytest.raises(KeyboardInterrupt), recomputed(net, 1): raise KeyboardInterrupt
+    assert not net.is_gradient_checkpointing and gradient()[0]==once
+
+@pytest.mark.parametrize('able', [False, True])
+def test_mixed_precision_where_the_device_has_it(small, monkeypatch, able):
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: dict(avx512_bf16=able), raising=False)
+    assert has_bfloat16(torch.device('cpu'))==able and not has_bfloat16(torch.device('meta'))
+    z, c = gaussian((1,4,16,16), 3), small.embed('a horse on grass'); e, t = next(batches(z.shape, 4))
+    exact, mixed = (noise_loss(small, z, lambda: c, m)(e, t) for m in (False, True))
+    assert mixed.dtype==torch.float32 and (exact!=mixed)==able and abs(exact-mixed)<.01*exact
 
 def test_seeds_repeat_and_the_global_generator_is_left_alone(small):
     torch.manual_seed(5); before = torch.get_rng_state()

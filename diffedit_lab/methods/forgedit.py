@@ -59,15 +59,16 @@ def forgedit_fit(model,            # what load() returns
                  updates:int=40,   # steps of the optimiser
                  unet_lr:float=6e-5, # Adam's rate for the UNet
                  embedding_lr:float=1e-3, # Adam's rate for the caption's embedding
-                 micro:int=2,      # rows at a time
+                 micro:int=5,      # rows at a time
                  stop=(.03,350),   # see `fit`
                  adam_eps:float=1e-8, # Adam's epsilon
-                 dtype=torch.float16 # of what is kept
+                 dtype=torch.float16, # of what is kept
+                 mixed:bool=False  # see `noise_loss`
                 ):                 # what was learned: a dict name -> tensor; the losses
     "Learn a picture and the embedding of its caption together (Forgedit, section 3.1)."
     e, before = torch.nn.Parameter(model.embed(source).detach().float()), {n: p.data for n,p in model.unet.named_parameters()}
     with learning(model.unet, trained_names(model.unet)) as weights:
-        losses = fit(noise_loss(model, z, lambda: e), [(weights.values(), unet_lr), ([e], embedding_lr)], draws, updates, micro, stop, adam_eps)
+        losses = fit(noise_loss(model, z, lambda: e, mixed), [(weights.values(), unet_lr), ([e], embedding_lr)], draws, updates, micro, stop, adam_eps)
         return {'embedding': e.detach().cpu()} | {f'unet.{n}': d for n,d in differences(weights, before, dtype).items()}, losses
 
 # %% ../../nbs/19_forgedit.ipynb #c018
@@ -159,7 +160,7 @@ def forgedit(model,               # what load() returns
              batch:int=10,        # rows a step
              unet_lr:float=6e-5,  # at Stable Diffusion's width, see `rate`
              embedding_lr:float=1e-3, # likewise
-             micro:int=2,         # rows at a time in learning
+             micro:int=5,         # rows at a time in learning
              seed:int=0,          # draws the noise of learning and of drawing
              fitted=None,         # `fitted` of an earlier edit of this picture, or its path: nothing is learned anew
              **kwargs             # forget, degree, interpolation, gamma, alpha, beta, guidance, steps: words of `draw_learned`
@@ -168,7 +169,7 @@ def forgedit(model,               # what load() returns
     z = model.encode(image)
     if fitted is None:
         source = caption(model, image, target, captioner) if source is None else source
-        tensors, losses = forgedit_fit(model, z, source, batches(z.shape, batch, seed), updates, *rates(model, unet_lr, embedding_lr), micro)
+        tensors, losses = forgedit_fit(model, z, source, batches(z.shape, batch, seed), updates, *rates(model, unet_lr, embedding_lr), micro, mixed=True)
         fitted = Fitted('forgedit', model.name, tensors, dict(source=source, losses=losses, updates=updates, batch=batch, unet_lr=unet_lr, embedding_lr=embedding_lr, seed=seed))
     return draw_learned(model, z.shape, fitted, target, seed=seed, **kwargs)
 
@@ -189,15 +190,16 @@ def dreambooth_fit(model,            # what load() returns
                    updates:int=100,  # steps of the optimiser
                    unet_lr:float=5e-6, # Adam's rate for the UNet
                    text_lr:float=5e-6, # Adam's rate for the text encoder
-                   micro:int=2,      # rows at a time
+                   micro:int=5,      # rows at a time
                    adam_eps:float=1e-8, # Adam's epsilon
-                   dtype=torch.float16 # of what is kept
+                   dtype=torch.float16, # of what is kept
+                   mixed:bool=False  # see `noise_loss`
                   ):                 # what was learned: a dict name -> tensor; the losses
     "Learn a picture with the whole UNet and the whole text encoder (DreamBoothForgedit)."
     nets = dict(unet=model.unet, text_encoder=model.text_encoder)
     before = {k: {n: p.data for n,p in net.named_parameters()} for k,net in nets.items()}
     with learning(model.unet, before['unet']) as u, learning(model.text_encoder, before['text_encoder']) as w:
-        losses = fit(noise_loss(model, z, lambda: model.embed(source)), [(u.values(), unet_lr), (w.values(), text_lr)], draws, updates, micro, None, adam_eps)
+        losses = fit(noise_loss(model, z, lambda: model.embed(source), mixed), [(u.values(), unet_lr), (w.values(), text_lr)], draws, updates, micro, None, adam_eps)
         return {f'{k}.{n}': d for k,ws in dict(unet=u, text_encoder=w).items() for n,d in differences(ws, before[k], dtype).items()}, losses
 
 # %% ../../nbs/19_forgedit.ipynb #c047
@@ -212,7 +214,7 @@ def dreambooth_forgedit(model,           # what load() returns
              batch:int=4,         # rows a step
              unet_lr:float=5e-6,  # at Stable Diffusion's width, see `rate`
              text_lr:float=5e-6,  # likewise
-             micro:int=2,         # rows at a time in learning
+             micro:int=5,         # rows at a time in learning
              seed:int=0,          # draws the noise of learning and of drawing
              fitted=None,         # `fitted` of an earlier edit of this picture, or its path: nothing is learned anew
              **kwargs             # forget, degree, interpolation, gamma, alpha, beta, guidance, steps: words of `draw_learned`
@@ -221,7 +223,7 @@ def dreambooth_forgedit(model,           # what load() returns
     z = model.encode(image)
     if fitted is None:
         source = caption(model, image, target, captioner) if source is None else source
-        tensors, losses = dreambooth_fit(model, z, source, batches(z.shape, batch, seed), updates, *rates(model, unet_lr, text_lr), micro)
+        tensors, losses = dreambooth_fit(model, z, source, batches(z.shape, batch, seed), updates, *rates(model, unet_lr, text_lr), micro, mixed=True)
         fitted = Fitted('dreambooth_forgedit', model.name, tensors, dict(source=source, losses=losses, updates=updates, batch=batch, unet_lr=unet_lr, text_lr=text_lr, seed=seed))
     return draw_learned(model, z.shape, fitted, target, strategies=DREAMBOOTH_STRATEGIES, seed=seed, **kwargs)
 

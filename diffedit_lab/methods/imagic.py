@@ -21,13 +21,14 @@ def imagic_fit(model,            # what load() returns
                unet_updates:int=100, # steps of stage 2
                embedding_lr:float=1e-3, # Adam's rate in stage 1
                unet_lr:float=2e-5, # Adam's rate in stage 2
-               micro:int=2,      # rows at a time
+               micro:int=5,      # rows at a time
                adam_eps:float=1e-8, # Adam's epsilon
-               dtype=torch.float16 # of what is kept
+               dtype=torch.float16, # of what is kept
+               mixed:bool=False  # see `noise_loss`
               ):                 # what was learned: a dict name -> tensor; the losses of both stages
     "Stages 1 and 2 of Imagic (section 3.2): the embedding for the frozen model, then the model for the frozen embedding."
     e, before = torch.nn.Parameter(model.embed(target).detach().float()), {n: p.data for n,p in model.unet.named_parameters()}
-    loss = noise_loss(model, z, lambda: e)
+    loss = noise_loss(model, z, lambda: e, mixed)
     with learning(model.unet, []): losses = fit(loss, [([e], embedding_lr)], draws, embedding_updates, micro, adam_eps=adam_eps)
     e.requires_grad_(False)
     with learning(model.unet, before) as weights:
@@ -46,7 +47,7 @@ def imagic(model,               # what load() returns
            embedding_lr:float=1e-3, # at Stable Diffusion's width, see `rates`
            unet_lr:float=2e-5,  # likewise
            batch:int=4,         # rows a step
-           micro:int=2,         # rows at a time in learning
+           micro:int=5,         # rows at a time in learning
            guidance:float=7.5,  # guidance scale
            steps:int=50,        # levels of the path
            seed:int=0,          # draws the noise of learning and of drawing
@@ -56,7 +57,7 @@ def imagic(model,               # what load() returns
     z = model.encode(image)
     if fitted is None:
         unet_rate, embedding_rate = rates(model, unet_lr, embedding_lr)
-        tensors, losses = imagic_fit(model, z, target, batches(z.shape, batch, seed), embedding_updates, unet_updates, embedding_rate, unet_rate, micro)
+        tensors, losses = imagic_fit(model, z, target, batches(z.shape, batch, seed), embedding_updates, unet_updates, embedding_rate, unet_rate, micro, mixed=True)
         fitted = Fitted('imagic', model.name, tensors, dict(target=target, losses=losses, embedding_updates=embedding_updates, unet_updates=unet_updates, batch=batch, seed=seed))
     if fitted.facts['target']!=target: raise ValueError(f"fitted was learned for {fitted.facts['target']!r}, and imagic learns for one target: give that one, or leave fitted out")
     found, wish = fitted.tensors['embedding'].to(z), model.embed(target).to(z)

@@ -1,6 +1,6 @@
 "The widgets in a real browser, JupyterLab and Voila: a slider, a painted mask, a cancelled run. Skipped, saying so, where Chromium or playwright is missing."
-import json, os, shutil, signal, socket, subprocess, sys, time, urllib.request
-from contextlib import contextmanager
+import json, os, re, shutil, signal, socket, subprocess, sys, time, urllib.request
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import nbformat, pytest
@@ -58,10 +58,15 @@ def browser():
         b.close()
 
 def run_all(page):
-    "JupyterLab's menu: Run, Run All Cells."
+    "JupyterLab's menu: Run, Run All Cells; once more where a kernel that was just starting did not hear it."
+    from playwright.sync_api import TimeoutError
     page.wait_for_selector('.jp-Notebook', timeout=LONG)
-    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=LONG)
-    page.click('.lm-MenuBar-itemLabel:text-is("Run")'); page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
+    for _ in range(3):
+        page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=LONG)
+        page.click('.lm-MenuBar-itemLabel:text-is("Run")'); page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
+        began = page.locator('.jp-InputPrompt').filter(has_text=re.compile(r'\[[*1-9]')).first # [*] or [1]; before that [ ]
+        with suppress(TimeoutError): return began.wait_for(timeout=30_000)
+    raise AssertionError('Run All Cells ran no cell')
 
 class Panel:
     "One `Explorer` on a page."

@@ -158,7 +158,7 @@ def forgedit(model,               # what load() returns
              captioner=None,      # a function picture -> text, or the name of a BLIP model
              updates:int=40,      # steps of learning
              batch:int=10,        # rows a step
-             unet_lr:float=6e-5,  # at Stable Diffusion's width, see `rate`
+             unet_lr:float=6e-5,  # at Stable Diffusion's width, see `rates`
              embedding_lr:float=1e-3, # likewise
              micro:int=5,         # rows at a time in learning
              seed:int=0,          # draws the noise of learning and of drawing
@@ -212,7 +212,7 @@ def dreambooth_forgedit(model,           # what load() returns
              captioner=None,      # a function picture -> text, or the name of a BLIP model
              updates:int=100,     # steps of learning
              batch:int=4,         # rows a step
-             unet_lr:float=5e-6,  # at Stable Diffusion's width, see `rate`
+             unet_lr:float=5e-6,  # at Stable Diffusion's width, see `rates`
              text_lr:float=5e-6,  # likewise
              micro:int=5,         # rows at a time in learning
              seed:int=0,          # draws the noise of learning and of drawing

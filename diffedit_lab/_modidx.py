@@ -635,6 +635,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'diffedit_lab/train/codec.py'),
                                           'diffedit_lab.train.codec.MuonAdam.zero_grad': ( 'train_codec.html#muonadam.zero_grad',
                                                                                            'diffedit_lab/train/codec.py'),
+                                          'diffedit_lab.train.codec._captioned': ( 'train_codec.html#_captioned',
+                                                                                   'diffedit_lab/train/codec.py'),
                                           'diffedit_lab.train.codec._crops': ('train_codec.html#_crops', 'diffedit_lab/train/codec.py'),
                                           'diffedit_lab.train.codec._db': ('train_codec.html#_db', 'diffedit_lab/train/codec.py'),
                                           'diffedit_lab.train.codec._device': ('train_codec.html#_device', 'diffedit_lab/train/codec.py'),

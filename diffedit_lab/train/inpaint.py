@@ -154,8 +154,9 @@ def train_inpaint(out,                # folder for the finished pipeline (diffus
                   device=None         # torch device; the best there is by default
                  )->list:             # the log
     "Train the inpainting twin of a text-to-image model; call again to go on after a stop."
-    model = load(start, device, torch.float32); work = Path(work); work.mkdir(parents=True, exist_ok=True)
+    model = load(start, device, torch.float32)
     if model.channels!=4: raise ValueError(f'start: {start} has a UNet of {model.channels} channels, and a text-to-image model has 4: give the model to begin from')
+    work = Path(work); work.mkdir(parents=True, exist_ok=True)
     model.vae.to(memory_format=torch.channels_last); model.unet = widen(model.unet, 9).requires_grad_(True).to(memory_format=torch.channels_last)
     model.unet.set_attn_processor(AttnProcessor())
     captions, pictures = world(scenes, work.parent)

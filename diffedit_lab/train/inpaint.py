@@ -15,11 +15,12 @@ from diffusers import StableDiffusionInpaintPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from ..methods.fast_diffedit import inpaint
 from ..metrics import recognise
-from ..model import Model, load, load_clip
+from ..model import Model, load_clip
 from ..schedule import *
 from ..scenes import *
 from .codec import *
 from .unet import *
+from .unet import _begin_from
 
 # %% ../../nbs/43_train_inpaint.ipynb #c007
 def wide_conv(conv,         # a convolution
@@ -154,9 +155,7 @@ def train_inpaint(out,                # folder for the finished pipeline (diffus
                   device=None         # torch device; the best there is by default
                  )->list:             # the log
     "Train the inpainting twin of a text-to-image model; call again to go on after a stop."
-    model = load(start, device, torch.float32)
-    if model.channels!=4: raise ValueError(f'start: {start} has a UNet of {model.channels} channels, and a text-to-image model has 4: give the model to begin from')
-    work = Path(work); work.mkdir(parents=True, exist_ok=True)
+    model, work = _begin_from(start, device), Path(work); work.mkdir(parents=True, exist_ok=True)
     model.vae.to(memory_format=torch.channels_last); model.unet = widen(model.unet, 9).requires_grad_(True).to(memory_format=torch.channels_last)
     model.unet.set_attn_processor(AttnProcessor())
     captions, pictures = world(scenes, work.parent)

@@ -224,8 +224,8 @@ def local_loss(teacher,       # the finished UNet, frozen
     "How far a wrong name reaches, against the teacher's change in the mask alone; and how far the student is from the teacher under right ones."
     def noisy(rng, times): # rows, their noised latents, times
         n = rng.integers(len(latents), size=batch)
-        x0 = torch.from_numpy(latents[n]).float(); eps = normal(rng, x0)
-        return torch.from_numpy(n), torch.stack([noised(x, e, sched[k]) for x,e,k in zip(x0, eps, times)]), torch.from_numpy(times)
+        x0, t = torch.from_numpy(latents[n]).float(), torch.from_numpy(times)
+        return torch.from_numpy(n), noised(x0, normal(rng, x0), sched[t].to(x0)), t
     def loss(net, rng):
         (n, y, u), (k, z, t), dev = noisy(rng, rng.triangular(250, 500, 700, batch).astype(int)), noisy(rng, spread_times(rng, batch, len(sched))), net.device
         known = states[k].float(); known[torch.from_numpy(rng.random(batch)<.2)] = empty.cpu().float()
@@ -248,6 +248,12 @@ def mask_probe(model:Model, # parts in training, or what load() returns
     return {name: float(np.mean([iou(k, c) for k,c in enumerate(heldout(n, kind))])) for name,kind in (('iou','object'),('pair_iou','pair'))}
 
 # %% ../../nbs/42_train_unet.ipynb #c411
+def _begin_from(start, device):
+    "A finished text-to-image model, to train further"
+    model = load(start, device, torch.float32)
+    if model.channels!=4: raise ValueError(f'start: {start} has a UNet of {model.channels} channels, and a text-to-image model has 4: give the model to begin from')
+    return model
+
 def polish_unet(out,                # folder for the polished pipeline (diffusers layout, safetensors)
                 start,              # folder (or embedded name) of the text-to-image model to go on with
                 work='.work/unet_polish', # folder for checkpoint, log and sheets; scenes and latents are kept beside it
@@ -262,9 +268,7 @@ def polish_unet(out,                # folder for the polished pipeline (diffuser
                 device=None         # torch device; the best there is by default
                )->list:             # the log
     "Teach a finished text-to-image UNet that a wrong name changes its own object only; call again to go on after a stop."
-    model = load(start, device, torch.float32)
-    if model.channels!=4: raise ValueError(f'start: {start} has a UNet of {model.channels} channels, and a text-to-image model has 4: give the model to begin from')
-    work = Path(work); work.mkdir(parents=True, exist_ok=True)
+    model, work = _begin_from(start, device), Path(work); work.mkdir(parents=True, exist_ok=True)
     for part in (model.vae, model.unet): part.to(memory_format=torch.channels_last)
     model.unet.set_attn_processor(AttnProcessor()); teacher = copy.deepcopy(model.unet); model.unet.requires_grad_(True)
     captions, pictures = world(scenes, work.parent); told, named = misnamed(scenes, work.parent)

@@ -198,9 +198,9 @@ def train_unet(out,                # folder for the finished pipeline (diffusers
 def _misnamed_row(seed):
     s, rng = scene(seed=seed), np.random.default_rng([seed, 13])
     if not s.things: return s.caption, np.zeros((SIZE//4,SIZE//4), np.uint8)
-    t = s.things[rng.integers(len(s.things))]
+    t, here = s.things[rng.integers(len(s.things))], {t.name for t in s.things}
     group = next(g for g in GROUPS.values() if t.name in g) if rng.random()<.5 else OBJECTS
-    return s.swap(str(rng.choice([o for o in group if o not in s.masks])), of=t.name).caption, _cells(s.masks[t.name])
+    return s.swap(str(rng.choice([o for o in group if o not in here])), of=t.name).caption, _cells(s.masks[t.name])
 
 def misnamed(n:int,        # number of scenes; their seeds are 0..n-1
              folder=None,  # keep captions and masks here (.json, .npy); None keeps them in memory only

@@ -198,7 +198,7 @@ def train_unet(out,                # folder for the finished pipeline (diffusers
 def _misnamed_row(seed):
     s, rng = scene(seed=seed), np.random.default_rng([seed, 13])
     if not s.things: return s.caption, np.zeros((SIZE//4,SIZE//4), np.uint8)
-    t, here = s.things[rng.integers(len(s.things))], {t.name for t in s.things}
+    t, here = s.things[rng.integers(len(s.things))], {o.name for o in s.things}
     group = next(g for g in GROUPS.values() if t.name in g) if rng.random()<.5 else OBJECTS
     return s.swap(str(rng.choice([o for o in group if o not in here])), of=t.name).caption, _cells(s.masks[t.name])
 
@@ -249,7 +249,7 @@ def mask_probe(model:Model, # parts in training, or what load() returns
 
 # %% ../../nbs/42_train_unet.ipynb #c411
 def _begin_from(start, device):
-    "A finished text-to-image model, to train further"
+    "A finished text-to-image model, to train further."
     model = load(start, device, torch.float32)
     if model.channels!=4: raise ValueError(f'start: {start} has a UNet of {model.channels} channels, and a text-to-image model has 4: give the model to begin from')
     return model

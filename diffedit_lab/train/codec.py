@@ -23,19 +23,19 @@ def _scene_row(seed):
     s = scene(seed=seed)
     return s.caption, np.asarray(s.image)
 
-def _draw_all(row, n, workers):
-    if workers<2 or n<500: return [row(i) for i in progress(range(n), desc='scenes')]
-    with ProcessPoolExecutor(workers) as pool: return list(progress(pool.map(row, range(n), chunksize=64), total=n, desc='scenes'))
+def _draw_all(row, seeds, workers):
+    if workers<2 or len(seeds)<500: return [row(i) for i in progress(seeds, desc='scenes')]
+    with ProcessPoolExecutor(workers) as pool: return list(progress(pool.map(row, seeds, chunksize=64), total=len(seeds), desc='scenes'))
 
 # %% ../../nbs/40_train_codec.ipynb #c008
 def _keep(file, array):
     "Write an array whole or not at all."
     part = file.with_suffix('.part.npy'); np.save(part, array); part.replace(file)
 
-def _captioned(row, n, file, workers):
-    "n captions and pictures that `row` gives, from `file` (and its .json) where they are kept."
+def _captioned(row, seeds, file, workers):
+    "Captions and pictures that `row` gives for seeds, from `file` (and its .json) where they are kept."
     if file and file.exists(): return json.loads(file.with_suffix('.json').read_text()), np.load(file, mmap_mode='r')
-    captions, pictures = zip(*_draw_all(row, n, workers))
+    captions, pictures = zip(*_draw_all(row, seeds, workers))
     captions, pictures = list(captions), np.stack(pictures)
     if file: file.parent.mkdir(parents=True, exist_ok=True); file.with_suffix('.json').write_text(json.dumps(captions)); _keep(file, pictures)
     return captions, pictures
@@ -45,7 +45,7 @@ def world(n:int,        # number of scenes; their seeds are 0..n-1
           workers:int=2 # processes that draw
          )->tuple:      # list of n captions, uint8 array [n, 128, 128, 3]
     "The training scenes, drawn once."
-    return _captioned(_scene_row, n, folder and Path(folder)/f'world_{n}.npy', workers)
+    return _captioned(_scene_row, range(n), folder and Path(folder)/f'world_{n}.npy', workers)
 
 # %% ../../nbs/40_train_codec.ipynb #c013
 def pixels(pictures,   # uint8 pictures [n, H, W, 3]

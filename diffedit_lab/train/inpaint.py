@@ -156,7 +156,7 @@ def train_inpaint(out,                # folder for the finished pipeline (diffus
                  )->list:             # the log
     "Train the inpainting twin of a text-to-image model; call again to go on after a stop."
     model, work = _begin_from(start, device), Path(work); work.mkdir(parents=True, exist_ok=True)
-    model.vae.to(memory_format=torch.channels_last); model.unet = widen(model.unet, 9).requires_grad_(True).to(memory_format=torch.channels_last)
+    model.unet = widen(model.unet, 9).requires_grad_(True).to(memory_format=torch.channels_last)
     model.unet.set_attn_processor(AttnProcessor())
     captions, pictures = world(scenes, work.parent)
     latents, states, empty = encode_world(model.vae, pictures, work.parent/f'latents_{scenes}.npy'), embed_captions(model, captions), model.embed('')[0]

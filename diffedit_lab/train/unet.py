@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['PROBE', 'new_unet', 'embed_captions', 'loss_weight', 'spread_times', 'unet_loss', 'object_masks', 'halved', 'draw',
-           'sheet', 'probe', 'save_pipeline', 'train_unet', 'misnamed', 'local_loss', 'mask_probe', 'polish_unet']
+           'sheet', 'probe', 'save_pipeline', 'train_unet', 'more_pairs', 'extend_unet', 'misnamed', 'local_loss',
+           'mask_probe', 'polish_unet']
 
 # %% ../../nbs/42_train_unet.ipynb #c004
 import copy, json
+from itertools import count, islice
 from pathlib import Path
 import cv2, numpy as np, torch, torch.nn.functional as F
 from PIL import Image
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextModel, CLIPTokenizer
-from ..loops import denoise
+from ..loops import denoise, progress
 from ..methods.diffedit import diffedit
 from ..metrics import mask_iou, recognise
 from ..model import Model, load, load_clip
@@ -22,7 +24,7 @@ from ..model import _quiet
 from ..schedule import *
 from ..scenes import *
 from .codec import *
-from .codec import _captioned, _draw_all, _keep
+from .codec import _captioned, _draw_all, _keep, _scene_row
 
 # %% ../../nbs/42_train_unet.ipynb #c007
 def new_unet(widths=(64,96,128), # channels at full, half and quarter latent resolution; multiples of 8
@@ -88,16 +90,18 @@ def unet_loss(latents,         # float16 [n, 4, h, w], scaled
 def _cells(mask): return cv2.resize(np.asarray(mask), (SIZE//4,SIZE//4), interpolation=cv2.INTER_AREA)
 def _mask_row(seed): return _cells(scene(seed=seed).mask)
 
+def _masks(seeds, file, workers):
+    if file and file.exists(): return np.load(file)
+    masks = np.stack(_draw_all(_mask_row, seeds, workers))
+    if file: file.parent.mkdir(parents=True, exist_ok=True); _keep(file, masks)
+    return masks
+
 def object_masks(n:int,         # number of scenes; their seeds are 0..n-1
                  folder=None,   # keep the masks here (one .npy file); None keeps them in memory only
                  workers:int=2  # processes that draw
                 )->np.ndarray:  # uint8 [n, 32, 32]: the share of each latent cell that is object, 0..255
     "Where the objects of the training scenes are."
-    file = Path(folder)/f'masks_{n}.npy' if folder else None
-    if file and file.exists(): return np.load(file)
-    masks = np.stack(_draw_all(_mask_row, n, workers))
-    if file: file.parent.mkdir(parents=True, exist_ok=True); _keep(file, masks)
-    return masks
+    return _masks(range(n), folder and Path(folder)/f'masks_{n}.npy', workers)
 
 # %% ../../nbs/42_train_unet.ipynb #c024
 def halved(pictures # uint8 [n, H, W, 3]
@@ -194,6 +198,50 @@ def train_unet(out,                # folder for the finished pipeline (diffusers
     save_pipeline(out, model)
     return log
 
+# %% ../../nbs/42_train_unet.ipynb #c502
+def more_pairs(n:int,        # number of scenes
+               first:int,    # where their seeds begin; the number of scenes already trained on
+               folder=None,  # keep them here (.json, .npy); None keeps them in memory only
+               workers:int=2 # processes that draw
+              )->tuple:      # list of n captions, uint8 [n, 128, 128, 3], and uint8 [n, 32, 32] as of `object_masks`
+    "The next n scenes of two objects."
+    seeds = list(progress(islice((k for k in count(first) if len(scene(seed=k).things)==2), n), total=n, desc='seeds'))
+    def file(name): return folder and Path(folder)/f'{name}_{first}_{n}.npy'
+    return *_captioned(_scene_row, seeds, file('pairs'), workers), _masks(seeds, file('pair_masks'), workers)
+
+# %% ../../nbs/42_train_unet.ipynb #c505
+def _begin_from(start, device):
+    "A finished text-to-image model, to train further."
+    model = load(start, device, torch.float32)
+    if model.channels!=4: raise ValueError(f'start: {start} has a UNet of {model.channels} channels, and a text-to-image model has 4: give the model to begin from')
+    for part in (model.vae, model.unet): part.to(memory_format=torch.channels_last)
+    model.unet.set_attn_processor(AttnProcessor()); model.unet.requires_grad_(True)
+    return model
+
+def extend_unet(out,                # folder for the pipeline (diffusers layout, safetensors)
+                start,              # folder (or embedded name) of the text-to-image model to go on with
+                work='.work/unet_more', # folder for checkpoint, log and sheets; scenes and latents are kept beside it
+                minutes:float=60.,  # budget of training time
+                *, steps:int=None,  # budget in steps, instead of minutes
+                scenes:int=32_000,  # training scenes
+                pairs:int=16_000,   # scenes of two objects beyond those
+                batch:int=80,       # latents a step
+                lr:float=8e-4,      # peak learning rate of Muon; AdamW's is half of it
+                judge='tiny-clip',  # name or folder of the CLIP that looks at the sheets
+                check=PROBE,        # pairs of object and place to draw at each checkpoint
+                device=None         # torch device; the best there is by default
+               )->list:             # the log
+    "Train a finished text-to-image UNet further, with more scenes of two objects; call again to go on after a stop."
+    model, work = _begin_from(start, device), Path(work); work.mkdir(parents=True, exist_ok=True); beside = work.parent
+    (captions, pictures), (more, drawn, masks) = world(scenes, beside), more_pairs(pairs, scenes, beside)
+    latents = np.concatenate([encode_world(model.vae, pictures, beside/f'latents_{scenes}.npy'), encode_world(model.vae, drawn, beside/f'pair_latents_{scenes}_{pairs}.npy')])
+    loss = unet_loss(latents, embed_captions(model, captions+more), model.embed('')[0], model.schedule, batch, masks=np.concatenate([object_masks(scenes, beside), masks]))
+    judge = load_clip(judge, model.device)
+    def report(net, spent): return probe(Model(net, model.vae, model.text_encoder, model.tokenizer, model.schedule), judge, work/f'samples_{spent:05.1f}.jpg', check)
+    log = fit(model.unet, loss, work, minutes=minutes, steps=steps, ema=.995, report=report, every=10., optimizer=lambda ps: MuonAdam(ps, lr/2, lr))
+    save_pipeline(out, model)
+    return log
+
 # %% ../../nbs/42_train_unet.ipynb #c402
 def _misnamed_row(seed):
     s, rng = scene(seed=seed), np.random.default_rng([seed, 13])
@@ -207,7 +255,7 @@ def misnamed(n:int,        # number of scenes; their seeds are 0..n-1
              workers:int=2 # processes that draw
             )->tuple:      # list of n captions, uint8 [n, 32, 32]: the share of each latent cell that is the misnamed object, 0..255
     "The training scenes under captions that give one object another's name; an empty scene keeps its caption, and its mask is empty."
-    return _captioned(_misnamed_row, n, folder and Path(folder)/f'misnamed_{n}.npy', workers)
+    return _captioned(_misnamed_row, range(n), folder and Path(folder)/f'misnamed_{n}.npy', workers)
 
 # %% ../../nbs/42_train_unet.ipynb #c405
 def local_loss(teacher,       # the finished UNet, frozen
@@ -248,12 +296,6 @@ def mask_probe(model:Model, # parts in training, or what load() returns
     return {name: float(np.mean([iou(k, c) for k,c in enumerate(heldout(n, kind))])) for name,kind in (('iou','object'),('pair_iou','pair'))}
 
 # %% ../../nbs/42_train_unet.ipynb #c411
-def _begin_from(start, device):
-    "A finished text-to-image model, to train further."
-    model = load(start, device, torch.float32)
-    if model.channels!=4: raise ValueError(f'start: {start} has a UNet of {model.channels} channels, and a text-to-image model has 4: give the model to begin from')
-    return model
-
 def polish_unet(out,                # folder for the polished pipeline (diffusers layout, safetensors)
                 start,              # folder (or embedded name) of the text-to-image model to go on with
                 work='.work/unet_polish', # folder for checkpoint, log and sheets; scenes and latents are kept beside it
@@ -269,8 +311,7 @@ def polish_unet(out,                # folder for the polished pipeline (diffuser
                )->list:             # the log
     "Teach a finished text-to-image UNet that a wrong name changes its own object only; call again to go on after a stop."
     model, work = _begin_from(start, device), Path(work); work.mkdir(parents=True, exist_ok=True)
-    for part in (model.vae, model.unet): part.to(memory_format=torch.channels_last)
-    model.unet.set_attn_processor(AttnProcessor()); teacher = copy.deepcopy(model.unet); model.unet.requires_grad_(True)
+    teacher = copy.deepcopy(model.unet).requires_grad_(False)
     captions, pictures = world(scenes, work.parent); told, named = misnamed(scenes, work.parent)
     latents, (states, wrong) = encode_world(model.vae, pictures, work.parent/f'latents_{scenes}.npy'), (embed_captions(model, c) for c in (captions, told))
     rows = np.repeat(np.arange(scenes), [4 if len(scene(c).things)==2 else 1 for c in captions])

@@ -747,6 +747,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'diffedit_lab.train.unet._misnamed_row': ( 'train_unet.html#_misnamed_row',
                                                                                     'diffedit_lab/train/unet.py'),
                                          'diffedit_lab.train.unet._parts': ('train_unet.html#_parts', 'diffedit_lab/train/unet.py'),
+                                         'diffedit_lab.train.unet._sheets': ('train_unet.html#_sheets', 'diffedit_lab/train/unet.py'),
                                          'diffedit_lab.train.unet._stage': ('train_unet.html#_stage', 'diffedit_lab/train/unet.py'),
                                          'diffedit_lab.train.unet.draw': ('train_unet.html#draw', 'diffedit_lab/train/unet.py'),
                                          'diffedit_lab.train.unet.embed_captions': ( 'train_unet.html#embed_captions',

@@ -167,6 +167,14 @@ def _parts(codec, clip, widths, device):
     text = CLIPTextModel.from_pretrained(clip, use_safetensors=True).float().to(vae.device).eval().requires_grad_(False)
     return Model(new_unet(widths, text.config.hidden_size).to(vae.device), vae, text, CLIPTokenizer.from_pretrained(clip), sd_schedule(), 'in training')
 
+def _sheets(model, judge, work, check, also=lambda now: {}):
+    "A report for `fit`: what `probe` says of the averaged network, and what `also` adds."
+    judge = load_clip(judge, model.device)
+    def report(net, spent):
+        now = Model(net, model.vae, model.text_encoder, model.tokenizer, model.schedule, 'in training')
+        return probe(now, judge, work/f'samples_{spent:05.1f}.jpg', check)|also(now)
+    return report
+
 def _stage(model, captions, pictures, masks, file, batch, work, **kwargs):
     "Train the UNet on pictures of one size."
     latents, states, empty = encode_world(model.vae, pictures, file), embed_captions(model, captions), model.embed('')[0]
@@ -192,9 +200,8 @@ def train_unet(out,                # folder for the finished pipeline (diffusers
     budget = lambda share: dict(steps=round(steps*share)) if steps else dict(minutes=minutes*share)
     if first and not (full/'checkpoint.pt').exists():
         _stage(model, captions, halved(pictures), masks, beside/f'latents{SIZE//2}_{scenes}.npy', 2*batch, half, **budget(first))
-    judge = load_clip(str(clip), model.device); full.mkdir(parents=True, exist_ok=True)
-    def report(net, spent): return probe(Model(net, model.vae, model.text_encoder, model.tokenizer, model.schedule), judge, full/f'samples_{spent:05.1f}.jpg', check)
-    log = _stage(model, captions, pictures, masks, beside/f'latents_{scenes}.npy', batch, full, report=report, **budget(1-first))
+    full.mkdir(parents=True, exist_ok=True)
+    log = _stage(model, captions, pictures, masks, beside/f'latents_{scenes}.npy', batch, full, report=_sheets(model, str(clip), full, check), **budget(1-first))
     save_pipeline(out, model)
     return log
 
@@ -236,9 +243,7 @@ def extend_unet(out,                # folder for the pipeline (diffusers layout,
     (captions, pictures), (more, drawn, masks) = world(scenes, beside), more_pairs(pairs, scenes, beside)
     latents = np.concatenate([encode_world(model.vae, pictures, beside/f'latents_{scenes}.npy'), encode_world(model.vae, drawn, beside/f'pair_latents_{scenes}_{pairs}.npy')])
     loss = unet_loss(latents, embed_captions(model, captions+more), model.embed('')[0], model.schedule, batch, masks=np.concatenate([object_masks(scenes, beside), masks]))
-    judge = load_clip(judge, model.device)
-    def report(net, spent): return probe(Model(net, model.vae, model.text_encoder, model.tokenizer, model.schedule), judge, work/f'samples_{spent:05.1f}.jpg', check)
-    log = fit(model.unet, loss, work, minutes=minutes, steps=steps, ema=.995, report=report, every=10., optimizer=lambda ps: MuonAdam(ps, lr/2, lr))
+    log = fit(model.unet, loss, work, minutes=minutes, steps=steps, ema=.995, report=_sheets(model, judge, work, check), every=10., optimizer=lambda ps: MuonAdam(ps, lr/2, lr))
     save_pipeline(out, model)
     return log
 
@@ -315,10 +320,8 @@ def polish_unet(out,                # folder for the polished pipeline (diffuser
     captions, pictures = world(scenes, work.parent); told, named = misnamed(scenes, work.parent)
     latents, (states, wrong) = encode_world(model.vae, pictures, work.parent/f'latents_{scenes}.npy'), (embed_captions(model, c) for c in (captions, told))
     rows = np.repeat(np.arange(scenes), [4 if len(scene(c).things)==2 else 1 for c in captions])
-    loss, judge = local_loss(teacher, latents[rows], states[rows], wrong[rows], named[rows], model.embed('')[0], model.schedule, batch), load_clip(judge, model.device)
-    def report(net, spent):
-        now = Model(net, model.vae, model.text_encoder, model.tokenizer, model.schedule, 'in training')
-        return probe(now, judge, work/f'samples_{spent:05.1f}.jpg', check)|mask_probe(now, cases)
+    loss = local_loss(teacher, latents[rows], states[rows], wrong[rows], named[rows], model.embed('')[0], model.schedule, batch)
+    report = _sheets(model, judge, work, check, lambda now: mask_probe(now, cases))
     log = fit(model.unet, loss, work, minutes=minutes, steps=steps, ema=.99, report=report, every=5., optimizer=lambda ps: MuonAdam(ps, lr/2, lr))
     save_pipeline(out, model)
     return log

@@ -169,7 +169,7 @@ def code_of(method, image, words:dict)->str:
     return f"{method.__name__}(model, {', '.join([where, *said])})"
 
 # %% ../nbs/32_explore.ipynb #c030
-_HOW = {'iterations','micro','unet_lr','embedding_lr','text_lr','captioner','clip','as_published'} # words of learning that are no facts of a Fitted
+_HOW = {'micro','captioner','clip'} # words of learning that are no facts of a Fitted
 
 def learned(edit, before:dict, words:dict)->dict: # dict(fitted=...), or {}
     "What an edit made with the words `before` learned, if `words` would learn the same."

@@ -58,7 +58,7 @@ def imagic(model,               # what load() returns
     if fitted is None:
         unet_rate, embedding_rate = rates(model, unet_lr, embedding_lr)
         tensors, losses = imagic_fit(model, z, target, batches(z.shape, batch, seed), embedding_updates, unet_updates, embedding_rate, unet_rate, micro, mixed=True)
-        fitted = Fitted('imagic', model.name, tensors, dict(target=target, losses=losses, embedding_updates=embedding_updates, unet_updates=unet_updates, batch=batch, seed=seed))
+        fitted = Fitted('imagic', model.name, tensors, dict(target=target, losses=losses, embedding_updates=embedding_updates, unet_updates=unet_updates, embedding_lr=embedding_lr, unet_lr=unet_lr, batch=batch, seed=seed))
     if fitted.facts['target']!=target: raise ValueError(f"fitted was learned for {fitted.facts['target']!r}, and imagic learns for one target: give that one, or leave fitted out")
     found, wish = fitted.tensors['embedding'].to(z), model.embed(target).to(z)
     c = torch.cat([torch.lerp(found, wish, float(x)) for x in several(eta)])

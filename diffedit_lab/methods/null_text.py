@@ -49,12 +49,12 @@ def learn_null_text(model,           # what load() returns
                     guidance:float=7.5, # guidance scale of the way down
                     iterations:int=10, # of Adam, at most, for each step
                     as_published:bool=False # see `fit_null_text`
-                   )->Fitted:        # tensors `top` [1, 4, h, w] and `nulls` [steps, tokens, width]; the losses among its facts
+                   )->Fitted:        # tensors `top` [1, 4, h, w] and `nulls` [steps, tokens, width]; how it was learned, and the losses, among its facts
     "Invert a picture and learn the null texts that lead back to it. `steps*(3+iterations)` UNet rows at most."
     c = model.embed(source); up = invert(model, z, times, c)
     film = list(progress(fit_null_text(model, up, c, guidance, iterations, as_published=as_published), total=len(times)-1, desc='null-text'))
     tensors = dict(top=up[times[-1]], nulls=torch.cat([null for _,_,null,_ in film]))
-    return Fitted('null_text', model.name, {k: x.cpu() for k,x in tensors.items()}, dict(source=source, guidance=guidance, steps=len(times)-1, losses=[[l for l, in losses] for *_,losses in film]))
+    return Fitted('null_text', model.name, {k: x.cpu() for k,x in tensors.items()}, dict(source=source, guidance=guidance, steps=len(times)-1, iterations=iterations, as_published=as_published, losses=[[l for l, in losses] for *_,losses in film]))
 
 @editor(checks=CARRY | dict(source=CHECKS['target'], iterations=(whole(0, 1000), 'an integer from 0 to 1000')))
 @delegates(carry, but=['empty','max_spots'])

@@ -57,16 +57,22 @@ def browser():
         yield b
         b.close()
 
+CONNECTED = "async () => (await (await fetch('/api/kernels')).json()).some(k => k.connections && k.execution_state=='idle')"
+
 def run_all(page):
-    "JupyterLab's menu: Run, Run All Cells; once more where a kernel that was just starting did not hear it."
+    "JupyterLab's menu: Run, Run All Cells, once the page has its kernel: before that JupyterLab drops the click, or asks. It is answered, and what it asked is in the error."
     from playwright.sync_api import TimeoutError
+    asked = []
+    def answer(dialog): asked.append(dialog.inner_text()); dialog.locator('.jp-mod-accept').click()
+    page.add_locator_handler(page.locator('.jp-Dialog'), answer)
     page.wait_for_selector('.jp-Notebook', timeout=LONG)
     for _ in range(3):
+        page.wait_for_function(CONNECTED, polling=500, timeout=LONG)
         page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=LONG)
         page.click('.lm-MenuBar-itemLabel:text-is("Run")'); page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
         began = page.locator('.jp-InputPrompt').filter(has_text=re.compile(r'\[[*1-9]')).first # [*] or [1]; before that [ ]
         with suppress(TimeoutError): return began.wait_for(timeout=30_000)
-    raise AssertionError('Run All Cells ran no cell')
+    raise AssertionError(f'Run All Cells ran no cell; JupyterLab asked {asked}')
 
 class Panel:
     "One `Explorer` on a page."

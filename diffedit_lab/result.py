@@ -188,7 +188,7 @@ def check(words:dict,    # argument name -> value
 class Draft:
     "What a method hands to `@editor`."
     z:torch.Tensor           # [B, 4, h, w] clean latents; B > 1 for several predictions or targets, the first one first
-    mask:np.ndarray=None     # [h, w] in [0, 1] on the latent grid, where the method found one
+    mask:np.ndarray=None     # [h, w] in [0, 1] that covers the latent grid, at any resolution, where the method found one
     heat:np.ndarray=None     # [h, w] in [0, 1]
     fitted:object=None       # a `Fitted`, where the method learned something
     scores:list=None         # of B numbers, where the method ranks

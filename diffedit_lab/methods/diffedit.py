@@ -46,7 +46,7 @@ def diffedit(model,               # what load() returns
     "DiffEdit (Couairon et al. 2023, section 3.2). `2n + strength*steps + 2*strength*steps` UNet rows."
     z, heat, found = model.encode(image), None, None
     if mask is None:
-        heat = find_heat(model, z, source, target, n, mask_strength, steps, seed)
+        heat = on_pixels(find_heat(model, z, source, target, n, mask_strength, steps, seed), model.factor)
         found = cut(heat, threshold); mask = on_latents(found, z)
     up = invert(model, z, path(model.schedule, steps, strength))
     down = decode_masked(model, up, mask, model.embed(target), guidance, model.embed(negative), as_published)

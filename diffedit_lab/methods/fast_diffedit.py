@@ -57,8 +57,8 @@ def fast_diffedit(model,               # what load() returns
     "FastDiffEdit (after Agrawal's tutorial, 2022): one-look mask, OpenCV clean-up, redrawing by inpainter or masked denoising. `2n` rows for the mask, two a step after."
     z, heat, found = model.encode(image), None, None
     if mask is None:
-        heat = find_heat(model, z, source, target, n, mask_strength, seed=seed)
-        found = blur_and_cut(cut(heat, 1/3)) if as_published else tidy(cut(heat, threshold))
+        cells = find_heat(model, z, source, target, n, mask_strength, seed=seed); heat = on_pixels(cells, model.factor)
+        found = blur_and_cut(cut(cells, 1/3)) if as_published else tidy(cut(heat, threshold), model.factor)
         mask = on_latents(found, z)
     c, noise = model.embed(target), gaussian(z.shape, seed).to(z)
     fill = (inpainter or sibling(model, 'inpainting')) if strength and mask.any() else None # an inpainter knows no 'nothing happens'

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROBE', 'new_unet', 'embed_captions', 'loss_weight', 'spread_times', 'unet_loss', 'object_masks', 'halved', 'draw',
-           'sheet', 'probe', 'save_pipeline', 'train_unet', 'more_pairs', 'extend_unet', 'misnamed', 'local_loss',
-           'mask_probe', 'polish_unet']
+           'sheet', 'probe', 'save_pipeline', 'train_unet', 'pair_seeds', 'larger_world', 'extend_unet', 'misnamed',
+           'local_loss', 'mask_probe', 'polish_unet']
 
 # %% ../../nbs/42_train_unet.ipynb #c004
 import copy, json
@@ -62,6 +62,10 @@ def loss_weight(abar,           # alpha-bar of the levels, tensor or float in (0
 def spread_times(rng, n, T): # n times in 0..T-1, one from each of n equal stretches, in random order
     return rng.permutation((T*(np.arange(n)+rng.random(n))/n).astype(int))
 
+def _places(masks, inside, z): # the weight of each place, about 1 on average
+    m = F.adaptive_max_pool2d(torch.from_numpy(masks).float()[:,None]/255, z.shape[-2:])
+    return (1+(inside-1)*F.max_pool2d(m, 3, 1, 1))/(1+.27*(inside-1))
+
 def unet_loss(latents,         # float16 [n, 4, h, w], scaled
               states,          # float16 [n, tokens, width]: their captions
               empty,           # [tokens, width]: the empty caption
@@ -72,9 +76,6 @@ def unet_loss(latents,         # float16 [n, 4, h, w], scaled
               inside:float=4.  # how much more an object's places count than the others
              ):                # a loss for `fit`
     "The weighted error of the predicted noise (DDPM eq. 14; min-SNR, Hang et al. 2023)."
-    def where(n): # the weight of each place, about 1 on average
-        m = F.adaptive_max_pool2d(torch.from_numpy(masks[n]).float()[:,None]/255, latents.shape[-2:])
-        return (1+(inside-1)*F.max_pool2d(m, 3, 1, 1))/(1+.27*(inside-1))
     def loss(net, rng):
         n, times, dev = np.sort(rng.integers(len(latents), size=batch)), spread_times(rng, batch, len(sched)), net.device
         x0 = torch.from_numpy(latents[n]).to(dev).float(); eps = normal(rng, x0)
@@ -82,7 +83,7 @@ def unet_loss(latents,         # float16 [n, 4, h, w], scaled
         t = torch.from_numpy(times)
         z = torch.stack([noised(x, e, sched[k]) for x,e,k in zip(x0, eps, times)]).contiguous(memory_format=torch.channels_last)
         with torch.autocast(dev.type, torch.bfloat16): out = net(z, t.to(dev), c).sample
-        error = (out.float()-eps)**2 if masks is None else (out.float()-eps)**2*where(n).to(dev)
+        error = (out.float()-eps)**2 if masks is None else (out.float()-eps)**2*_places(masks[n], inside, z).to(dev)
         return (error.mean((1,2,3))*loss_weight(sched.abar[t]).to(dev)).mean()
     return loss
 
@@ -206,15 +207,27 @@ def train_unet(out,                # folder for the finished pipeline (diffusers
     return log
 
 # %% ../../nbs/42_train_unet.ipynb #c502
-def more_pairs(n:int,        # number of scenes
-               first:int,    # where their seeds begin; the number of scenes already trained on
-               folder=None,  # keep them here (.json, .npy); None keeps them in memory only
-               workers:int=2 # processes that draw
-              )->tuple:      # list of n captions, uint8 [n, 128, 128, 3], and uint8 [n, 32, 32] as of `object_masks`
+def pair_seeds(n:int,     # how many
+               first:int  # where to begin; the number of scenes already trained on
+              )->list:    # of seeds
     "The next n scenes of two objects."
-    seeds = list(progress(islice((k for k in count(first) if len(scene(seed=k).things)==2), n), total=n, desc='seeds'))
-    def file(name): return folder and Path(folder)/f'{name}_{first}_{n}.npy'
+    return list(progress(islice((k for k in count(first) if len(scene(seed=k).things)==2), n), total=n, desc='seeds'))
+
+def _drawn(seeds, folder, workers=2):
+    "Captions, pictures and object masks of some scenes beyond the training world."
+    def file(name): return folder and Path(folder)/f'{name}_{seeds[0]}_{len(seeds)}.npy'
     return *_captioned(_scene_row, seeds, file('pairs'), workers), _masks(seeds, file('pair_masks'), workers)
+
+def larger_world(model:Model,  # what load() returns
+                 scenes:int,   # training scenes
+                 pairs:int,    # scenes of two objects beyond those
+                 folder        # where scenes, masks and latents are kept
+                )->tuple:      # seeds; float16 latents [n, 4, h, w]; uint8 object masks [n, 32, 32]; list of n captions
+    "The training scenes and the next scenes of two objects."
+    more = pair_seeds(pairs, scenes)
+    (captions, pictures), (told, drawn, masks) = world(scenes, folder), _drawn(more, folder)
+    latents = np.concatenate([encode_world(model.vae, pictures, folder/f'latents_{scenes}.npy'), encode_world(model.vae, drawn, folder/f'pair_latents_{scenes}_{pairs}.npy')])
+    return [*range(scenes), *more], latents, np.concatenate([object_masks(scenes, folder), masks]), captions+told
 
 # %% ../../nbs/42_train_unet.ipynb #c505
 def _begin_from(start, device):
@@ -239,10 +252,9 @@ def extend_unet(out,                # folder for the pipeline (diffusers layout,
                 device=None         # torch device; the best there is by default
                )->list:             # the log
     "Train a finished text-to-image UNet further, with more scenes of two objects; call again to go on after a stop."
-    model, work = _begin_from(start, device), Path(work); work.mkdir(parents=True, exist_ok=True); beside = work.parent
-    (captions, pictures), (more, drawn, masks) = world(scenes, beside), more_pairs(pairs, scenes, beside)
-    latents = np.concatenate([encode_world(model.vae, pictures, beside/f'latents_{scenes}.npy'), encode_world(model.vae, drawn, beside/f'pair_latents_{scenes}_{pairs}.npy')])
-    loss = unet_loss(latents, embed_captions(model, captions+more), model.embed('')[0], model.schedule, batch, masks=np.concatenate([object_masks(scenes, beside), masks]))
+    model, work = _begin_from(start, device), Path(work); work.mkdir(parents=True, exist_ok=True)
+    _, latents, masks, captions = larger_world(model, scenes, pairs, work.parent)
+    loss = unet_loss(latents, embed_captions(model, captions), model.embed('')[0], model.schedule, batch, masks=masks)
     log = fit(model.unet, loss, work, minutes=minutes, steps=steps, ema=.995, report=_sheets(model, judge, work, check), every=10., optimizer=lambda ps: MuonAdam(ps, lr/2, lr))
     save_pipeline(out, model)
     return log
@@ -255,40 +267,51 @@ def _misnamed_row(seed):
     group = next(g for g in GROUPS.values() if t.name in g) if rng.random()<.5 else OBJECTS
     return s.swap(str(rng.choice([o for o in group if o not in here])), of=t.name).caption, _cells(s.masks[t.name])
 
-def misnamed(n:int,        # number of scenes; their seeds are 0..n-1
-             folder=None,  # keep captions and masks here (.json, .npy); None keeps them in memory only
+def misnamed(seeds,        # of n scenes
+             file=None,    # keep captions and masks here (.npy, and .json beside it); None keeps them in memory only
              workers:int=2 # processes that draw
             )->tuple:      # list of n captions, uint8 [n, 32, 32]: the share of each latent cell that is the misnamed object, 0..255
-    "The training scenes under captions that give one object another's name; an empty scene keeps its caption, and its mask is empty."
-    return _captioned(_misnamed_row, range(n), folder and Path(folder)/f'misnamed_{n}.npy', workers)
+    "Scenes under captions that give one object another's name; an empty scene keeps its caption, and its mask is empty."
+    return _captioned(_misnamed_row, seeds, file and Path(file), workers)
 
 # %% ../../nbs/42_train_unet.ipynb #c405
+def _even(lesson, at): # a change, up to twice as strong where it is weaker than 0.8 of its mean at the object
+    size = lesson.abs().mean(1, keepdim=True)
+    usual = (size*at).sum((2,3), keepdim=True)/at.sum((2,3), keepdim=True).clamp_min(1)
+    return lesson*(.8*usual/size.clamp_min(1e-6)).clamp(1, 2)
+
 def local_loss(teacher,       # the finished UNet, frozen
                latents,       # float16 [n, 4, h, w], scaled
                states,        # float16 [n, tokens, width]: their captions
                wrong,         # float16 [n, tokens, width]: the captions of `misnamed`
-               masks,         # uint8 [n, h, w] of `misnamed`
-               empty,         # [tokens, width]: the empty caption, in the place of a fifth of the right ones
+               named,         # uint8 [n, h, w]: the masks of `misnamed`
+               objects,       # uint8 [n, h, w]: where any object is, from `object_masks`
+               empty,         # [tokens, width]: the empty caption
                sched:Schedule, # noise levels
-               batch:int=12,  # latents a step under both captions, and as many under the right one alone
-               spill:float=2., # weight of the wrong names, against 1 for the right ones
-               outside:float=4. # how much more a place outside the mask counts than one inside
+               batch:int=26,  # latents a step under both captions
+               plain:int=28,  # latents a step under the right caption alone, at all times
+               drop:float=.13, # share of those captions replaced by the empty one
+               spill:float=1.7, # weight of the wrong names, against 1 for the right ones
+               boost:float=1.3 # how much stronger a wrong name shall speak at its object than the teacher has it
               ):              # a loss for `fit`
-    "How far a wrong name reaches, against the teacher's change in the mask alone; and how far the student is from the teacher under right ones."
-    def noisy(rng, times): # rows, their noised latents, times
-        n = rng.integers(len(latents), size=batch)
-        x0, t = torch.from_numpy(latents[n]).float(), torch.from_numpy(times)
-        return torch.from_numpy(n), noised(x0, normal(rng, x0), sched[t].to(x0)), t
+    "The weighted error of the predicted noise under right names, and how far a wrong name reaches, against the teacher's change at the object alone."
+    half = torch.cat([torch.full((batch,), .5), torch.ones(plain)]); half = half/half.sum()
     def loss(net, rng):
-        (n, y, u), (k, z, t), dev = noisy(rng, rng.triangular(250, 500, 700, batch).astype(int)), noisy(rng, spread_times(rng, batch, len(sched))), net.device
-        known = states[k].float(); known[torch.from_numpy(rng.random(batch)<.2)] = empty.cpu().float()
-        rows = torch.cat([y,y,z]).to(dev, memory_format=torch.channels_last), torch.cat([u,u,t]).to(dev), torch.cat([states[n].float(), wrong[n].float(), known]).to(dev)
+        n, dev = rng.integers(len(latents), size=batch+plain), net.device
+        times = np.concatenate([rng.triangular(250, 500, 700, batch).astype(int), spread_times(rng, plain, len(sched))]); t = torch.from_numpy(times)
+        x0 = torch.from_numpy(latents[n]).to(dev).float(); eps = normal(rng, x0)
+        z = torch.stack([noised(x, e, sched[k]) for x,e,k in zip(x0, eps, times)]).contiguous(memory_format=torch.channels_last)
+        right, lie = (s[torch.from_numpy(k)].to(dev).float() for s,k in ((states, n), (wrong, n[:batch])))
+        right[batch:][torch.from_numpy(rng.random(plain)<drop)] = empty.to(dev).float()
+        once, again = (z, t.to(dev), right), (z[:batch], t[:batch].to(dev), lie)
         with torch.autocast(dev.type, torch.bfloat16):
-            right, lie, plain = net(*rows).sample.float().chunk(3)
-            with torch.no_grad(): right0, lie0, plain0 = teacher(*rows).sample.float().chunk(3)
-        m = torch.from_numpy(masks[n.numpy()]).to(dev).float()[:,None]/255
-        spilt = ((lie-right.detach() - m*(lie0-right0))**2*(outside-(outside-1)*m)).mean()
-        return spill*spilt + ((right-right0)**2).mean() + (((plain-plain0)**2).mean((1,2,3))*loss_weight(sched.abar[t]).to(dev)).mean()
+            said, lied = net(*map(torch.cat, zip(once, again))).sample.float().split([batch+plain, batch])
+            with torch.no_grad(): lesson = teacher(*again).sample.float() - teacher(*(o[:batch] for o in once)).sample.float()
+        error = ((said-eps)**2*_places(objects[n], 4., z).to(dev)).mean((1,2,3))*loss_weight(sched.abar[t]).to(dev)
+        m = torch.from_numpy(named[n[:batch]]).to(dev).float()[:,None]/255; at = (m>.5).float()
+        near = (.15/m.mean((1,2,3), keepdim=True).clamp_min(.02)).square().clamp(.5, 6)
+        spilt = ((lied-said[:batch].detach() - boost*at*_even(lesson, at))**2*(2*at + 4*near*(1-at)*(1-m))).mean()
+        return (error*half.to(dev)).sum() + spill*spilt
     return loss
 
 # %% ../../nbs/42_train_unet.ipynb #c409
@@ -304,11 +327,12 @@ def mask_probe(model:Model, # parts in training, or what load() returns
 def polish_unet(out,                # folder for the polished pipeline (diffusers layout, safetensors)
                 start,              # folder (or embedded name) of the text-to-image model to go on with
                 work='.work/unet_polish', # folder for checkpoint, log and sheets; scenes and latents are kept beside it
-                minutes:float=40.,  # budget of training time
+                minutes:float=120., # budget of training time
                 *, steps:int=None,  # budget in steps, instead of minutes
-                scenes:int=32_000,  # training scenes; those of two objects come four times as often as the others
-                batch:int=12,       # see `local_loss`
-                lr:float=3e-4,      # peak learning rate of Muon; AdamW's is half of it
+                scenes:int=32_000,  # training scenes
+                pairs:int=16_000,   # scenes of two objects beyond those; they come twice as often
+                batch:int=26,       # see `local_loss`
+                lr:float=6e-4,      # peak learning rate of Muon; AdamW's is half of it
                 judge='tiny-clip',  # name or folder of the CLIP that looks at the sheets
                 check=PROBE,        # pairs of object and place to draw at each checkpoint
                 cases:int=20,       # held-out masks of each kind judged at each checkpoint
@@ -317,11 +341,12 @@ def polish_unet(out,                # folder for the polished pipeline (diffuser
     "Teach a finished text-to-image UNet that a wrong name changes its own object only; call again to go on after a stop."
     model, work = _begin_from(start, device), Path(work); work.mkdir(parents=True, exist_ok=True)
     teacher = copy.deepcopy(model.unet).requires_grad_(False)
-    captions, pictures = world(scenes, work.parent); told, named = misnamed(scenes, work.parent)
-    latents, (states, wrong) = encode_world(model.vae, pictures, work.parent/f'latents_{scenes}.npy'), (embed_captions(model, c) for c in (captions, told))
-    rows = np.repeat(np.arange(scenes), [4 if len(scene(c).things)==2 else 1 for c in captions])
-    loss = local_loss(teacher, latents[rows], states[rows], wrong[rows], named[rows], model.embed('')[0], model.schedule, batch)
+    seeds, *parts, captions = larger_world(model, scenes, pairs, work.parent)
+    told, named = misnamed(seeds, work.parent/f'misnamed_{scenes}_{pairs}.npy')
+    (latents, objects), states, wrong = parts, embed_captions(model, captions), embed_captions(model, told)
+    rows = np.repeat(np.arange(len(seeds)), [1]*scenes+[2]*pairs)
+    loss = local_loss(teacher, latents[rows], states[rows], wrong[rows], named[rows], objects[rows], model.embed('')[0], model.schedule, batch, batch+2)
     report = _sheets(model, judge, work, check, lambda now: mask_probe(now, cases))
-    log = fit(model.unet, loss, work, minutes=minutes, steps=steps, ema=.99, report=report, every=5., optimizer=lambda ps: MuonAdam(ps, lr/2, lr))
+    log = fit(model.unet, loss, work, minutes=minutes, steps=steps, ema=.995, report=report, every=10., optimizer=lambda ps: MuonAdam(ps, lr/2, lr))
     save_pipeline(out, model)
     return log

@@ -47,7 +47,7 @@ def as_heat(maps:torch.Tensor, # [n, C, h, w] contrasts
 def cut(heat:np.ndarray,    # [h, w] in [0, 1]
         threshold:float=.5  # in [0, 1]
        )->np.ndarray:       # [h, w] float32 of 0 and 1
-    "The cells hotter than the threshold."
+    "Where the heat is above the threshold."
     if isinstance(threshold,bool) or not isinstance(threshold,(int,float)) or not 0<=threshold<=1: raise ValueError(f'threshold must be in [0, 1], got {threshold!r}')
     return (heat>threshold).astype(np.float32)
 

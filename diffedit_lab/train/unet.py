@@ -213,15 +213,15 @@ def pair_seeds(n:int,     # how many
     "The next n scenes of two objects."
     return list(progress(islice((k for k in count(first) if len(scene(seed=k).things)==2), n), total=n, desc='seeds'))
 
-def _drawn(seeds, folder, workers=2):
+def _drawn(seeds, folder):
     "Captions, pictures and object masks of some scenes beyond the training world."
-    def file(name): return folder and Path(folder)/f'{name}_{seeds[0]}_{len(seeds)}.npy'
-    return *_captioned(_scene_row, seeds, file('pairs'), workers), _masks(seeds, file('pair_masks'), workers)
+    def file(name): return folder/f'{name}_{seeds[0]}_{len(seeds)}.npy'
+    return *_captioned(_scene_row, seeds, file('pairs'), 2), _masks(seeds, file('pair_masks'), 2)
 
 def larger_world(model:Model,  # what load() returns
                  scenes:int,   # training scenes
                  pairs:int,    # scenes of two objects beyond those
-                 folder        # where scenes, masks and latents are kept
+                 folder:Path   # where scenes, masks and latents are kept
                 )->tuple:      # seeds; float16 latents [n, 4, h, w]; uint8 object masks [n, 32, 32]; list of n captions
     "The training scenes and the next scenes of two objects."
     more = pair_seeds(pairs, scenes)
@@ -341,9 +341,9 @@ def polish_unet(out,                # folder for the polished pipeline (diffuser
     "Teach a finished text-to-image UNet that a wrong name changes its own object only; call again to go on after a stop."
     model, work = _begin_from(start, device), Path(work); work.mkdir(parents=True, exist_ok=True)
     teacher = copy.deepcopy(model.unet).requires_grad_(False)
-    seeds, *parts, captions = larger_world(model, scenes, pairs, work.parent)
+    seeds, latents, objects, captions = larger_world(model, scenes, pairs, work.parent)
     told, named = misnamed(seeds, work.parent/f'misnamed_{scenes}_{pairs}.npy')
-    (latents, objects), states, wrong = parts, embed_captions(model, captions), embed_captions(model, told)
+    states, wrong = embed_captions(model, captions), embed_captions(model, told)
     rows = np.repeat(np.arange(len(seeds)), [1]*scenes+[2]*pairs)
     loss = local_loss(teacher, latents[rows], states[rows], wrong[rows], named[rows], objects[rows], model.embed('')[0], model.schedule, batch, batch+2)
     report = _sheets(model, judge, work, check, lambda now: mask_probe(now, cases))

@@ -12,7 +12,7 @@ demo: $(VENV)/.demo  ## set up, then an edit on the embedded model
 	@$(bin)/diffedit-lab demo
 
 test: $(VENV)/.dev   ## every notebook, and tests/
-	@$(bin)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
+	@$(bin)/python -m pytest -n auto --maxprocesses 4
 
 lab: $(VENV)/.lab    ## JupyterLab on the notebooks
 	@$(bin)/jupyter lab --notebook-dir=nbs --LabApp.news_url=None --allow-root

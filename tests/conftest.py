@@ -10,11 +10,13 @@ import pytest, torch
 THREADS = min(2, int(os.environ.get('OMP_NUM_THREADS') or 2), max(1, (os.cpu_count() or 1) // int(os.environ.get('PYTEST_XDIST_WORKER_COUNT') or 1)))
 torch.set_num_threads(THREADS)
 
-def pytest_collection_modifyitems(config, items):
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
     "A file's tests share what is slow to make, so they go to one worker; each notebook goes to any."
-    if not config.pluginmanager.hasplugin('xdist'): return
-    for i in items:
-        if i.originalname != 'test_notebook': i.add_marker(pytest.mark.xdist_group(i.path.stem))
+    from xdist.scheduler import LoadScopeScheduling
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid): return nodeid if '::test_notebook[' in nodeid else nodeid.split('::')[0]
+    return Files(config, log)
 
 @pytest.fixture(scope='session')
 def model():

@@ -143,7 +143,7 @@ def _parser():
     add('--steps', type=int, metavar='N', help='levels of a full noise path')
     add('--seed', type=int, metavar='N', help='the same seed gives the same picture')
     add('--set', action='append', default=[], metavar='NAME=VALUE', help='any other keyword of the method, such as --set threshold=0.4; can be given several times')
-    add = _command(commands, 'quality', _quality, 'measure a model on held-out edits whose answers are known', 'The 200 cases take about half an hour on two cores.')
+    add = _command(commands, 'quality', _quality, 'measure a model on held-out edits whose answers are known', 'The 200 cases take about an hour on two cores.')
     add('--json', metavar='FILE', help='write the numbers to a file, too, as one flat object')
     add('--cases', type=int, default=200, metavar='N', help='how many edits, 1 to 1000 (default: %(default)s)')
     add('--model', default='tiny', metavar='NAME', help='as for edit (default: %(default)s)')

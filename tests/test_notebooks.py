@@ -1,8 +1,9 @@
 "Every notebook runs, and everything made from the notebooks is what they make."
-import ast, configparser, filecmp, json, os, re, shutil, subprocess, sys
+import ast, configparser, filecmp, json, multiprocessing, os, re, shutil, subprocess, sys
 from pathlib import Path
-import pytest
+import nbformat, pytest
 from nbdev.config import get_config
+from nbdev.test import nbdev_test
 from conftest import THREADS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,10 +20,38 @@ def run(*cmd, cwd=ROOT, timeout=WHOLE, **env):
     except subprocess.TimeoutExpired as e: return 124, f'{(e.stdout or b"").decode()}\nstopped after {timeout} s'
     return r.returncode, r.stdout
 
+FORKS = multiprocessing.get_context('forkserver')  # each notebook has a process of its own, and all share the seconds of importing
+FORKS.set_forkserver_preload(['diffedit_lab', 'nbdev.test'])
+
+def run_notebook(nb, log):
+    "Run a notebook as `nbdev-test` does; what it says goes to the file `log`."
+    with open(log, 'w') as f: os.dup2(f.fileno(), 1), os.dup2(f.fileno(), 2)
+    os.environ |= dict(OMP_NUM_THREADS=str(THREADS), HF_HUB_OFFLINE='1')
+    os.environ.pop('IN_TEST', None)
+    nbdev_test(str(nb), n_workers=0, cell_timeout=CELL)
+
+def outcome(nb, log, timeout=WHOLE):
+    "Run a notebook in a process of its own; its exit status and the end of what it says."
+    p = FORKS.Process(target=run_notebook, args=(nb, log))
+    p.start(); p.join(timeout)
+    late = p.is_alive()
+    p.kill(); p.join()
+    said = log.read_text()[-6000:] if log.exists() else ''
+    return (124, f'{said}\nstopped after {timeout} s') if late else (p.exitcode, said)
+
 @pytest.mark.parametrize('nb', NBS, ids=rel)
-def test_notebook(nb):
-    code, out = run(str(BIN/'nbdev-test'), str(nb), '--n-workers', '0', '--cell-timeout', str(CELL), OMP_NUM_THREADS=str(THREADS), HF_HUB_OFFLINE='1')
-    assert code == 0, out[-6000:]
+def test_notebook(nb, tmp_path):
+    code, out = outcome(nb, tmp_path/'log')
+    assert code == 0, out
+
+def test_a_failing_notebook_is_seen(tmp_path):
+    def one(source, **kwargs):
+        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)]), tmp_path/'a.ipynb')
+        return outcome(tmp_path/'a.ipynb', tmp_path/'log', **kwargs)
+    assert one('assert 1+1 == 2')[0] == 0
+    code, out = one('assert 1+1 == 3, "no sum"')
+    assert code == 1 and 'no sum' in out
+    assert one('import time; time.sleep(60)', timeout=2)[0] == 124
 
 # -- made from the notebooks: made again in a copy, and compared
 

@@ -69,6 +69,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'diffedit_lab.bench.Comparison.save': ('bench.html#comparison.save', 'diffedit_lab/bench.py'),
                                     'diffedit_lab.bench.Comparison.sort': ('bench.html#comparison.sort', 'diffedit_lab/bench.py'),
                                     'diffedit_lab.bench._bars': ('bench.html#_bars', 'diffedit_lab/bench.py'),
+                                    'diffedit_lab.bench._both_named': ('bench.html#_both_named', 'diffedit_lab/bench.py'),
                                     'diffedit_lab.bench._callable': ('bench.html#_callable', 'diffedit_lab/bench.py'),
                                     'diffedit_lab.bench._facts': ('bench.html#_facts', 'diffedit_lab/bench.py'),
                                     'diffedit_lab.bench._fit': ('bench.html#_fit', 'diffedit_lab/bench.py'),

@@ -23,6 +23,7 @@ from .model import load_classifier, load_clip, sibling
 from .loops import *
 from .methods.diffedit import diffedit
 from .methods.fast_diffedit import fast_diffedit
+from .methods.forgedit import load_captioner
 from .metrics import *
 
 # %% ../nbs/31_bench.ipynb #c008
@@ -211,12 +212,17 @@ def _of_edits(model, judges, cases, seed):
     return out
 
 # %% ../nbs/31_bench.ipynb #c442
+def _both_named(judge, images, scenes):
+    "Whether a judge sees both objects of each scene, and whether the captioner speaks of both and of no other"
+    true, say = [{t.name for t in s.things} for s in scenes], load_captioner()
+    return dict(gen_pair=[{*seen[:2]}==t for seen,t in zip(recognise(judge, images, things=2), true)],
+                second_gen_pair=[{*say(im).split()}&{*OBJECTS}==t for im,t in zip(images, true)])
+
 def _of_pairs(model, judges, cases, seed):
     "Are both objects drawn, and is the named one of two found?"
-    seen = recognise(judges[1], generate(model, [c.source.caption for c in cases], seed), things=2)
+    drawn, scenes = generate(model, [c.source.caption for c in cases], seed), [c.source for c in cases]
     def found(c, seed): return diffedit(model, c.source, source=c.source.caption, target=c.answer.caption, strength=0., seed=seed).mask # the mask alone
-    return dict(gen_pair=[{*s[:2]}=={t.name for t in c.source.things} for s,c in zip(seen, cases)],
-                two_object_iou=[mask_iou(c.mask, found(c, seed+k)) for k,c in enumerate(cases)])
+    return dict(**_both_named(judges[1], drawn, scenes), two_object_iou=[mask_iou(c.mask, found(c, seed+k)) for k,c in enumerate(cases)])
 
 # %% ../nbs/31_bench.ipynb #c445
 def _of_holes(model, judges, cases, seed):
@@ -259,7 +265,8 @@ MEANING = dict(codec_psnr='the codec there and back, against the picture',
     gen_object='CLIP names the object of a picture drawn from noise', gen_background='... and its place', second_gen_object='the classifier names that object', second_gen_background='... and its place',
     inversion_psnr='50 steps up and down, against the codec\'s own picture', diffedit_iou='DiffEdit\'s mask and the true one', fast_diffedit_iou='FastDiffEdit\'s mask and the true one',
     swap_success='CLIP names the new object after DiffEdit', second_swap_success='the classifier names it', swap_background_psnr='outside the old and the new object, before paste-back',
-    gen_pair='the classifier names both objects of a pair drawn from noise', two_object_iou='DiffEdit\'s mask and the true one of the named object, one of two',
+    gen_pair='the classifier names both objects of a pair drawn from noise', second_gen_pair='the captioner names both',
+    two_object_iou='DiffEdit\'s mask and the true one of the named object, one of two',
     inpaint_success='CLIP names what was asked for in a hole cut along a true mask', second_inpaint_success='the classifier names it', cases='held-out edits, as many with one object as with two') # key of `quality` -> what it measures
 
 def table(

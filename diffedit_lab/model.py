@@ -37,7 +37,7 @@ class Model:
     @property
     def device(self): return self.unet.device
     @property
-    def dtype(self): return self.unet.dtype
+    def dtype(self): return self.unet.conv_in.weight.dtype # unet.dtype walks through all modules, at every call
     @property
     def channels(self): return self.unet.config.in_channels # 4 text-to-image, 8 InstructPix2Pix, 9 inpainting
     @property
